@@ -1,0 +1,320 @@
+"""Texts by language: packaged, in memory, in files, or streamed from Hugging Face `datasets`."""
+
+import gzip
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lens_neurons.errors import DataError, SettingError
+from lens_neurons.languages import DEMO_LANGUAGES, canonical, get_language
+from lens_neurons.storage import sha256_of
+
+PACKAGED = Path(str(files("lens_neurons"))) / "demo"
+IDENTIFY_SENTENCES = 120
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The texts of one language: a way to read them from the start, and what identifies them."""
+
+    read: Callable[[], Iterator[str]]
+    identity: str
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts of several languages, read as a stream and as often as asked.
+
+    A language may be any group label (a culture, a programming language); known codes are made canonical.
+
+    Attributes:
+        name: What the corpus is called in results.
+        sources: One source of texts a language.
+    """
+
+    name: str
+    sources: Mapping[str, _Source]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages, in the order given."""
+        return tuple(self.sources)
+
+    def __repr__(self) -> str:
+        """Return name, languages and counts."""
+        counts = ", ".join(f"{code}: {source.count or '?'}" for code, source in self.sources.items())
+        return f"Corpus({self.name!r}, {{{counts}}})"
+
+    def _source(self, language: str) -> _Source:
+        code = canonical(language)
+        if code not in self.sources:
+            raise DataError(f"corpus '{self.name}' has no '{language}'; it has {', '.join(self.languages)}.")
+        return self.sources[code]
+
+    def texts(self, language: str) -> Iterator[str]:
+        """Return an iterator over one language's texts, from the first on.
+
+        Raises:
+            DataError: The corpus does not have the language.
+        """
+        return self._source(language).read()
+
+    def count(self, language: str) -> int | None:
+        """Return the number of texts, or None where a stream does not know it before the end."""
+        return self._source(language).count
+
+    def fingerprint(self, language: str) -> str:
+        """Return a hash of what one language's texts are (of the texts, or of where a stream comes from)."""
+        return self._source(language).identity
+
+    def fingerprint_all(self) -> str:
+        """Return one hash over all languages."""
+        return sha256_of("\n".join(f"{code} {source.identity}" for code, source in sorted(self.sources.items())))
+
+    def select(self, languages: Iterable[str]) -> "Corpus":
+        """Return the corpus with some of its languages, in the order given."""
+        return replace(self, sources={canonical(code): self._source(code) for code in languages})
+
+    def slice(self, start: int, stop: int | None) -> "Corpus":
+        """Return texts `start` to `stop` of every language."""
+
+        def cut(source: _Source) -> _Source:
+            count = source.count
+            if count is not None:
+                count = len(range(count)[start:stop])
+            elif stop is not None:
+                count = None
+            return _Source(
+                lambda: itertools.islice(source.read(), start, stop),
+                sha256_of(f"{source.identity}[{start}:{stop}]"),
+                count,
+            )
+
+        return replace(self, sources={code: cut(source) for code, source in self.sources.items()})
+
+    def limit(self, n: int) -> "Corpus":
+        """Return the first `n` texts of every language."""
+        return self.slice(0, n)
+
+    def split(self, n: int) -> "tuple[Corpus, Corpus]":
+        """Return the first `n` texts of every language, and the rest."""
+        return self.slice(0, n), self.slice(n, None)
+
+    @classmethod
+    def packaged(cls, part: str = "identify") -> "Corpus":
+        """Return the sentences that ship with the package: 150, parallel over 18 languages.
+
+        Args:
+            part: The 120 "identify" sentences, the other 30 ("held_out"), or "all".
+
+        Raises:
+            SettingError: An unknown part.
+        """
+        slices = {"identify": (0, IDENTIFY_SENTENCES), "held_out": (IDENTIFY_SENTENCES, None), "all": (0, None)}
+        if part not in slices:
+            raise SettingError(f"part={part!r} is unknown; use one of {', '.join(slices)}.")
+        start, stop = slices[part]
+        folder = PACKAGED / "corpus"
+        texts = {code: _read_lines(folder / f"{code}.txt")[start:stop] for code in DEMO_LANGUAGES}
+        return cls.from_texts(texts, name=f"packaged-{part}")
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, Sequence[str]], name: str = "texts") -> "Corpus":
+        """Return a corpus of strings in memory.
+
+        Args:
+            texts: Language to texts.
+            name: Its name in results.
+
+        Raises:
+            DataError: A language is given a single string, has no text, or comes twice.
+        """
+        sources: dict[str, _Source] = {}
+        for label, entries in texts.items():
+            if isinstance(entries, str):
+                raise DataError(f"'{label}' is one string; expected a list of texts: {{'{label}': ['...', '...']}}.")
+            kept = tuple(entries)
+            if not kept:
+                raise DataError(f"language '{label}' has no text; give it at least one or leave it out.")
+            _add(sources, label, _Source(_reader(kept), sha256_of(json.dumps(kept)), len(kept)))
+        return cls(name, sources)
+
+    @classmethod
+    def from_files(
+        cls,
+        paths: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str] | Sequence[str | os.PathLike[str]]],
+        name: str | None = None,
+    ) -> "Corpus":
+        """Return a corpus of text files with one text a line, plain or gzipped; empty lines are passed over.
+
+        Args:
+            paths: A folder of `{language}.txt[.gz]`, or language to file or files.
+            name: Its name in results; default: the folder's name, or "files".
+
+        Raises:
+            DataError: A folder without such files, or a file that does not exist.
+        """
+        if isinstance(paths, str | os.PathLike):
+            folder = Path(paths)
+            found = sorted([*folder.glob("*.txt"), *folder.glob("*.txt.gz")]) if folder.is_dir() else []
+            if not found:
+                raise DataError(f"{folder} holds no {{language}}.txt or {{language}}.txt.gz; give another folder.")
+            chosen: dict[str, list[Path]] = {}
+            for path in found:
+                chosen.setdefault(path.name.split(".")[0], []).append(path)
+            name = name or folder.name
+        else:
+            chosen = {
+                label: [Path(entry)] if isinstance(entry, str | os.PathLike) else [Path(e) for e in entry]
+                for label, entry in paths.items()
+            }
+        sources: dict[str, _Source] = {}
+        for label, members in chosen.items():
+            for path in members:
+                if not path.is_file():
+                    raise DataError(f"{path} (language '{label}') does not exist; check the path.")
+            identity = sha256_of("\n".join(sha256_of(path) for path in members))
+            _add(sources, label, _Source(_line_reader(tuple(members)), identity))
+        return cls(name or "files", sources)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        path: str,
+        *,
+        languages: Sequence[str] | None = None,
+        config: str | Mapping[str, str] | None = None,
+        split: str = "train",
+        field: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+        revision: str | None = None,
+        streaming: bool = True,
+        limit: int | None = None,
+        preset: str | None = None,
+    ) -> "Corpus":
+        """Return a corpus that streams from a Hugging Face dataset, or from local files through the same library.
+
+        Args:
+            path: Dataset id on the hub, or "json", "parquet" or "text" for local files (gzipped too).
+            languages: Languages to take; needed unless `data_files` or `config` is a mapping by language.
+            config: Configuration name: a string with `{code}`, `{flores}` or `{name}` in it, or a mapping
+                language to name.
+            split: Split name.
+            field: Column with the text; `{code}` and `{flores}` are filled in.
+            data_files: Local files: a pattern with `{code}` or `{flores}`, or a mapping language to file(s).
+            revision: Revision on the hub.
+            streaming: Read as a stream (default), or download first.
+            limit: First n texts of every language.
+            preset: One of `PRESETS` (published choices); explicit arguments win over it.
+
+        Raises:
+            DataError: No language, or a column that the data do not have.
+            SettingError: An unknown preset.
+        """
+        settings: dict[str, Any] = {"config": None, "field": "text", "split": "train"}
+        if preset is not None:
+            if preset not in PRESETS:
+                raise SettingError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}.")
+            settings |= PRESETS[preset]
+        settings["config"] = config if config is not None else settings["config"]
+        settings["field"] = field or settings["field"]
+        settings["split"] = split if split != "train" else settings["split"]
+        by_language = next((entry for entry in (data_files, config) if isinstance(entry, Mapping)), None)
+        labels = list(languages or by_language or ())
+        if not labels:
+            raise DataError("from_dataset needs languages=[...], or data_files= or config= as a mapping by language.")
+        sources: dict[str, _Source] = {}
+        for label in labels:
+            chosen = {
+                "path": path,
+                "name": _fill(_of(settings["config"], label), label),
+                "split": settings["split"],
+                "data_files": _fill(_of(data_files, label), label),
+                "revision": revision,
+                "streaming": streaming,
+            }
+            column = str(_fill(settings["field"], label))
+            identity = sha256_of(json.dumps([{**chosen, "data_files": _hashed(chosen["data_files"])}, column, limit]))
+            _add(sources, label, _Source(_dataset_reader(chosen, column, limit), identity))
+        return cls(preset or path, sources)
+
+
+# Published choices of corpora. FLORES+ dev is what the amplification study records on; Wikipedia is LAPE's source;
+# CulturaX is that of language arithmetics.
+PRESETS: dict[str, dict[str, Any]] = {
+    "flores+": {"config": "{flores}", "field": "text", "split": "dev"},
+    "flores200": {"config": "{flores}", "field": "sentence", "split": "dev"},
+    "wikipedia": {"config": "20231101.{code}", "field": "text", "split": "train"},
+    "culturax": {"config": "{code}", "field": "text", "split": "train"},
+}
+
+
+def _add(sources: dict[str, _Source], label: str, source: _Source) -> None:
+    code = canonical(label)
+    if code in sources:
+        raise DataError(f"'{label}' is language '{code}', which is given twice; name each language once.")
+    sources[code] = source
+
+
+def _reader(texts: tuple[str, ...]) -> Callable[[], Iterator[str]]:
+    return lambda: iter(texts)
+
+
+def _read_lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _line_reader(paths: tuple[Path, ...]) -> Callable[[], Iterator[str]]:
+    def read() -> Iterator[str]:
+        for path in paths:
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8") as stream:
+                for line in stream:
+                    if text := line.strip():
+                        yield text
+
+    return read
+
+
+def _dataset_reader(chosen: Mapping[str, Any], column: str, limit: int | None) -> Callable[[], Iterator[str]]:
+    def read() -> Iterator[str]:
+        for row in itertools.islice(load_rows(chosen), limit):
+            if column not in row:
+                raise DataError(f"{chosen['path']} has no column '{column}'; it has {', '.join(map(str, row))}.")
+            if text := str(row[column]).strip():
+                yield text
+
+    return read
+
+
+def load_rows(chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Return an iterator over the rows of a dataset; the arguments are those of `datasets.load_dataset`."""
+    arguments = {name: value for name, value in chosen.items() if value is not None}
+    rows: Any = datasets.load_dataset(**arguments)
+    return (dict(row) for row in rows)
+
+
+def _of(value: Any, label: str) -> Any:
+    return value.get(label) if isinstance(value, Mapping) else value
+
+
+def _fill(value: Any, label: str) -> Any:
+    if isinstance(value, str) and "{" in value:
+        language = get_language(label)
+        return value.format(code=language.code, flores=language.flores, name=language.name)
+    if isinstance(value, list | tuple):
+        return [_fill(entry, label) for entry in value]
+    return value
+
+
+def _hashed(value: Any) -> Any:
+    entries = [value] if isinstance(value, str) else list(value or ())
+    return [sha256_of(Path(entry)) if Path(entry).is_file() else entry for entry in entries]

@@ -1,0 +1,171 @@
+"""The table of languages: one canonical code each, and the codes that models and data sets use for it."""
+
+from dataclasses import dataclass
+
+from lens_neurons.errors import DataError
+
+
+@dataclass(frozen=True)
+class Language:
+    """One language and its codes.
+
+    Attributes:
+        code: Canonical code: ISO 639-1 where one exists, else 639-3.
+        name: English name.
+        script: ISO 15924 code of the script the package's texts are in.
+        fasttext: Label of lid.176 without the `__label__` prefix.
+        flores: FLORES-200 code.
+        separator: What stands between two words: a space, or nothing where words are not spaced.
+    """
+
+    code: str
+    name: str
+    script: str
+    fasttext: str
+    flores: str
+    separator: str = " "
+
+
+_ROWS = """
+af Afrikaans Latn af afr_Latn
+ar Arabic Arab ar arb_Arab
+bg Bulgarian Cyrl bg bul_Cyrl
+bn Bengali Beng bn ben_Beng
+bo Tibetan Tibt bo bod_Tibt
+ca Catalan Latn ca cat_Latn
+cs Czech Latn cs ces_Latn
+da Danish Latn da dan_Latn
+de German Latn de deu_Latn
+el Greek Grek el ell_Grek
+en English Latn en eng_Latn
+es Spanish Latn es spa_Latn
+et Estonian Latn et est_Latn
+eu Basque Latn eu eus_Latn
+fa Persian Arab fa pes_Arab
+fi Finnish Latn fi fin_Latn
+fr French Latn fr fra_Latn
+gl Galician Latn gl glg_Latn
+he Hebrew Hebr he heb_Hebr
+hi Hindi Deva hi hin_Deva
+hr Croatian Latn hr hrv_Latn
+ht Haitian_Creole Latn ht hat_Latn
+hu Hungarian Latn hu hun_Latn
+id Indonesian Latn id ind_Latn
+is Icelandic Latn is isl_Latn
+it Italian Latn it ita_Latn
+ja Japanese Jpan ja jpn_Jpan
+jv Javanese Latn jv jav_Latn
+ko Korean Kore ko kor_Hang
+ms Malay Latn ms zsm_Latn
+mt Maltese Latn mt mlt_Latn
+min Minangkabau Latn min min_Latn
+my Burmese Mymr my mya_Mymr
+nb Norwegian_Bokmal Latn no nob_Latn
+nl Dutch Latn nl nld_Latn
+pl Polish Latn pl pol_Latn
+pt Portuguese Latn pt por_Latn
+qu Quechua Latn qu quy_Latn
+ro Romanian Latn ro ron_Latn
+ru Russian Cyrl ru rus_Cyrl
+su Sundanese Latn su sun_Latn
+sv Swedish Latn sv swe_Latn
+sw Swahili Latn sw swh_Latn
+ta Tamil Taml ta tam_Taml
+te Telugu Telu te tel_Telu
+th Thai Thai th tha_Thai
+tl Tagalog Latn tl tgl_Latn
+tr Turkish Latn tr tur_Latn
+uk Ukrainian Cyrl uk ukr_Cyrl
+ur Urdu Arab ur urd_Arab
+vi Vietnamese Latn vi vie_Latn
+zh Chinese Hans zh zho_Hans
+"""
+
+# Scripts whose words are not separated by spaces. Korean is: it has spaces.
+_UNSPACED = frozenset({"bo", "ja", "my", "th", "zh"})
+
+LANGUAGES: dict[str, Language] = {
+    code: Language(code, name.replace("_", " "), script, fasttext, flores, "" if code in _UNSPACED else " ")
+    for code, name, script, fasttext, flores in (row.split() for row in _ROWS.strip().splitlines())
+}
+
+# The 18 languages of the amplification study (Rahmanisa et al. 2025), in its order.
+DEMO_LANGUAGES: tuple[str, ...] = (
+    "en",
+    "nl",
+    "id",
+    "ms",
+    "vi",
+    "ja",
+    "zh",
+    "fr",
+    "pt",
+    "ru",
+    "et",
+    "ht",
+    "it",
+    "qu",
+    "sw",
+    "ta",
+    "th",
+    "tr",
+)
+
+# Other spellings of a code that data sets use.
+_ALIASES = {
+    "jp": "ja",
+    "no": "nb",
+    "fil": "tl",
+    "zh-CN": "zh",
+    "zh_CN": "zh",
+    "zho": "zh",
+    "cmn_Hans": "zh",
+    "jw": "jv",
+    "iw": "he",
+    "in": "id",
+}
+_BY_FASTTEXT = {language.fasttext: language.code for language in LANGUAGES.values()}
+_BY_FLORES = {language.flores: language.code for language in LANGUAGES.values()}
+_BY_NAME = {language.name.lower(): language.code for language in LANGUAGES.values()}
+
+
+def canonical(label: str) -> str:
+    """Return the canonical code of a language label; a label that is no known language comes back as it is.
+
+    Known are canonical codes, FLORES codes, fastText labels (with or without `__label__`), English names and the
+    usual aliases. Any other group label (a culture, a programming language) may stand where a language does.
+    """
+    bare = label.removeprefix("__label__")
+    if bare in LANGUAGES:
+        return bare
+    for table in (_ALIASES, _BY_FLORES, _BY_FASTTEXT):
+        if bare in table:
+            return table[bare]
+    return _BY_NAME.get(bare.lower(), bare)
+
+
+def get_language(label: str) -> Language:
+    """Return the table's entry for a language label.
+
+    Raises:
+        DataError: The label is no language of the table.
+    """
+    code = canonical(label)
+    if code not in LANGUAGES:
+        raise DataError(
+            f"'{label}' is not a language of the table; expected an ISO 639 or FLORES code such as 'sw' or "
+            f"'swh_Latn' (known: {', '.join(sorted(LANGUAGES))})."
+        )
+    return LANGUAGES[code]
+
+
+def from_fasttext(label: str) -> str:
+    """Return the canonical code of a fastText label, or the bare label where the table has none."""
+    bare = label.removeprefix("__label__")
+    return _BY_FASTTEXT.get(bare, bare)
+
+
+def separator(label: str) -> str:
+    """Return what stands between two words: a space, or nothing for scripts that do not space words."""
+    code = canonical(label)
+    return LANGUAGES[code].separator if code in LANGUAGES else " "

@@ -1,0 +1,112 @@
+"""The registry of identification methods: adding one is one file with one decorated function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+import pandas as pd
+
+from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.errors import SettingError
+from lens_neurons.neurons import NeuronSet
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method.
+
+    Attributes:
+        name: What `identify` calls it.
+        function: Recorded data and settings to a neuron set.
+        reference: Short reference.
+        bibtex: BibTeX entry.
+        needs: What must have been recorded, such as "counts".
+    """
+
+    name: str
+    function: Callable[..., NeuronSet]
+    reference: str
+    bibtex: str
+    needs: tuple[str, ...]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str, *, reference: str, bibtex: str = "", needs: tuple[str, ...] = ("counts",)
+) -> Callable[[Callable[P, NeuronSet]], Callable[P, NeuronSet]]:
+    """Return a decorator that registers an identification method.
+
+    Args:
+        name: What `identify` calls it.
+        reference: Short reference: authors, year, identifier.
+        bibtex: BibTeX entry, for `cite`.
+        needs: What must have been recorded.
+    """
+
+    def register(function: Callable[P, NeuronSet]) -> Callable[P, NeuronSet]:
+        _METHODS[name] = Method(name, function, reference, bibtex, needs)
+        return function
+
+    return register
+
+
+def identify(data: ActivationStats, method: str = "lape", **settings: Any) -> NeuronSet:
+    """Return the language-specific units that a method finds in recorded data.
+
+    Args:
+        data: What `record` returned.
+        method: One of `list_methods()`.
+        **settings: The method's own settings.
+
+    Raises:
+        SettingError: An unknown method or setting.
+    """
+    if method not in _METHODS:
+        raise SettingError(f"method={method!r} is unknown; use one of {', '.join(sorted(_METHODS))}.")
+    function = _METHODS[method].function
+    known = function.__code__.co_varnames[1 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
+    for name in settings:
+        if name not in known:
+            raise SettingError(f"method '{method}' has no setting '{name}'; it has {', '.join(known)}.")
+    return function(data, **settings)
+
+
+def list_methods() -> pd.DataFrame:
+    """Return a table of the methods: name, reference, what they need."""
+    rows = [{"method": m.name, "reference": m.reference, "needs": ", ".join(m.needs)} for m in _METHODS.values()]
+    return pd.DataFrame(rows).set_index("method").sort_index()
+
+
+_TOOLS = {
+    "lss": """@misc{rahmanisa2025unveiling,
+  title = {Unveiling the Influence of Amplifying Language-Specific Neurons},
+  author = {Rahmanisa, Inaya and others},
+  year = {2025},
+  eprint = {2507.22581},
+  archivePrefix = {arXiv}
+}""",
+}
+
+
+def cite(*results: Any) -> str:
+    """Return BibTeX entries for the methods behind some results.
+
+    Args:
+        *results: Neuron sets (their method), method names, or scores with a `task` attribute ("lss").
+    """
+    entries: dict[str, str] = {}
+    for result in results:
+        name = result if isinstance(result, str) else ""
+        if isinstance(result, NeuronSet):
+            name = str(result.method.get("name", ""))
+            name = str(result.method.get("like", {}).get("name", name))
+        elif not name:
+            name = str(getattr(result, "task", ""))
+        text = _METHODS[name].bibtex if name in _METHODS else _TOOLS.get(name, "")
+        if text:
+            entries[name] = text
+    return "\n\n".join(entries.values())

@@ -1,0 +1,217 @@
+"""Files that say where they came from: atomic writes, checksums, schema versions, provenance. No pickle."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lens_neurons.errors import ProvenanceError, StorageError
+
+# Version of every file layout that this package writes. Each has one golden file in tests/data.
+SCHEMA = 1
+
+_HEADER = "lens_neurons"
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that a reader, or a crash at any point, sees the whole of it or nothing."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a value as indented, key-ordered JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def load_json(path: str | os.PathLike[str]) -> Any:
+    """Return the value in a JSON file.
+
+    Raises:
+        StorageError: The file is absent or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{path} does not exist; give the path of a file that was saved before.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} is not valid JSON ({error}); it is damaged or of another kind.") from None
+
+
+def sha256_of(content: bytes | str | Path) -> str:
+    """Return the hex sha256 of bytes, of a string's UTF-8, or of the file at a Path."""
+    if isinstance(content, Path):
+        with content.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """Return a 63-bit seed for a named part of a run, so that adding a part changes no other's numbers."""
+    digest = hashlib.sha256("\x1f".join([str(seed), *map(str, names)]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True, ensure_ascii=False).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header as one safetensors file with a checksum over both, atomically."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(header, sort_keys=True, ensure_ascii=False)
+    metadata = {_HEADER: text, "sha256": _checksum(json.loads(text), plain)}
+    write_atomic(path, safetensors.torch.save(plain, metadata=metadata))
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the header of a file written by `save_tensors`.
+
+    Raises:
+        StorageError: The file is absent, cut short, changed, or not one of ours; the message names it.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise StorageError(f"{path} does not exist; give the path of a file that was saved before.") from None
+    try:
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        header = json.loads(metadata[_HEADER])
+        tensors = safetensors.torch.load(data)
+    except (KeyError, ValueError, TypeError, SafetensorError, UnicodeDecodeError, MemoryError) as error:
+        raise StorageError(
+            f"{path} is damaged or was not written by lens_neurons ({error}); record or download it again."
+        ) from None
+    if _checksum(header, tensors) != metadata.get("sha256"):
+        raise StorageError(f"{path} fails its checksum: the file was changed or damaged; make it again.")
+    schema = header.get("schema")
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise StorageError(
+            f"{path} has schema version {schema!r}, but this version of lens_neurons reads up to {SCHEMA}; "
+            "upgrade lens_neurons."
+        )
+    return tensors, header
+
+
+def require_kind(path: str | os.PathLike[str], header: Mapping[str, Any], kind: str) -> None:
+    """Raise a StorageError unless a file's header says that it holds what is asked for."""
+    if header.get("kind") != kind:
+        raise StorageError(f"{path} holds '{header.get('kind')}', but '{kind}' was expected; give another file.")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a saved thing came from. An empty string means unknown (files published without it).
+
+    Attributes:
+        model: Name or folder name of the model.
+        revision: Its revision on the hub.
+        weights: Fingerprint of the weights (design rule 10).
+        tokenizer: Fingerprint of the tokenizer.
+        dtype: Data type of the weights.
+        processing: "none", or what was done to the weights.
+        backend: "hooked" or "bridge".
+        n_layers: Number of layers.
+        d_mlp: Neurons a layer.
+        site: Site that was recorded or selected at.
+        policy: Token policy: bos, count_special, truncation, packing, chat template.
+        corpus: Fingerprint of the corpus.
+        seed: Seed, where one was used.
+        package_version: Version of lens_neurons that wrote it.
+        schema: Version of the file layout.
+        extra: Anything else worth keeping (trust_remote_code, allowed mismatches, ...).
+    """
+
+    model: str = ""
+    revision: str = ""
+    weights: str = ""
+    tokenizer: str = ""
+    dtype: str = ""
+    processing: str = ""
+    backend: str = ""
+    n_layers: int = 0
+    d_mlp: int = 0
+    site: str = "gate_act"
+    policy: dict[str, Any] = field(default_factory=dict[str, Any])
+    corpus: str = ""
+    seed: int = 0
+    package_version: str = ""
+    schema: int = SCHEMA
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Provenance":
+        """Return the provenance in a header; fields of later versions are kept in `extra`."""
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        known = {name: value for name, value in values.items() if name in names}
+        later = {name: value for name, value in values.items() if name not in names}
+        if later:
+            known["extra"] = {**known.get("extra", {}), **later}
+        return cls(**known)
+
+    @classmethod
+    def unknown(cls, shape: tuple[int, int], site: str = "gate_act") -> "Provenance":
+        """Return the provenance of something published without any: only its shape is known."""
+        return cls(n_layers=shape[0], d_mlp=shape[1], site=site)
+
+    def replace(self, **changes: Any) -> "Provenance":
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known which weights this came from."""
+        return bool(self.weights)
+
+    def require_same(
+        self, other: "Provenance", fields: Collection[str], allow: Collection[str] = (), what: str = "these"
+    ) -> None:
+        """Raise unless the named fields agree.
+
+        Args:
+            other: What to compare with.
+            fields: Names of fields.
+            allow: Names of fields that may differ.
+            what: Subject of the message.
+
+        Raises:
+            ProvenanceError: A field differs; the message gives both values.
+        """
+        for name in fields:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs and name not in allow:
+                raise ProvenanceError(
+                    f"{what} do not belong together: {name} is {mine!r} in one and {theirs!r} in the other; "
+                    "use what was made with the same model, data and policy."
+                )
