@@ -4,13 +4,14 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from lens_neurons.corpus import PACKAGED, load_rows
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.languages import canonical, separator
 from lens_neurons.storage import load_json, sha256_of
 
+MidTemplate = Literal["skip", "truncate", "published"]
 SUBJECT, OBJECT = "[X]", "[Y]"
 
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from lens_neurons.errors import DataError, ProvenanceError, SettingError, StorageError
 from lens_neurons.languages import canonical
 from lens_neurons.storage import SCHEMA, Provenance, derive_seed, load_tensors, require_kind, save_tensors
+
+Metric = Literal["jaccard", "count", "dice"]
 
 # What must agree between a neuron set and the model it is used on (design rule 10).
 _SHAPE_FIELDS = ("n_layers", "d_mlp")
