@@ -1,0 +1,87 @@
+# The public names. Everything here is imported lazily by __init__.py, which reads this file at run time: only
+# `from .module import name` and `from . import module` are understood, and every name stands in __all__ too.
+from . import errors, figures
+from .activation_stats import ActivationStats
+from .adapter import Adapter
+from .batching import TokenPolicy
+from .corpus import Corpus
+from .errors import LensNeuronsError
+from .evaluation.contexts import TopTexts, top_texts
+from .evaluation.forcing import ForcingScores, forced_share
+from .evaluation.lid import LanguageGuess, identify_language, language_share
+from .evaluation.lss import SteeringScores, language_steering_shift
+from .evaluation.perplexity import PerplexityMatrix, perplexity_matrix
+from .facts import Fact, Facts
+from .generation import Generation, Generations, generate
+from .interventions import (
+    Add,
+    Amplify,
+    Condition,
+    Factor,
+    Intervention,
+    Override,
+    Silence,
+    TestTime,
+    factor,
+    steer,
+)
+from .languages import DEMO_LANGUAGES, LANGUAGES, Language, get_language
+from .methods import cite, identify, list_methods
+from .model import adapt, load_model
+from .neurons import NeuronSet
+from .recording import RecordingPlan, plan, record
+from .reporting import write_report
+from .storage import Provenance
+
+__version__: str
+
+__all__ = [
+    "DEMO_LANGUAGES",
+    "LANGUAGES",
+    "ActivationStats",
+    "Adapter",
+    "Add",
+    "Amplify",
+    "Condition",
+    "Corpus",
+    "Fact",
+    "Factor",
+    "Facts",
+    "ForcingScores",
+    "Generation",
+    "Generations",
+    "Intervention",
+    "Language",
+    "LanguageGuess",
+    "LensNeuronsError",
+    "NeuronSet",
+    "Override",
+    "PerplexityMatrix",
+    "Provenance",
+    "RecordingPlan",
+    "Silence",
+    "SteeringScores",
+    "TestTime",
+    "TokenPolicy",
+    "TopTexts",
+    "adapt",
+    "cite",
+    "errors",
+    "factor",
+    "figures",
+    "forced_share",
+    "generate",
+    "get_language",
+    "identify",
+    "identify_language",
+    "language_share",
+    "language_steering_shift",
+    "list_methods",
+    "load_model",
+    "perplexity_matrix",
+    "plan",
+    "record",
+    "steer",
+    "top_texts",
+    "write_report",
+]
