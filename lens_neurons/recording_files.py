@@ -1,0 +1,186 @@
+"""The folder of a recording: a manifest, immutable shards, one file a finished language, and the result.
+
+- `manifest.json`: what is recorded; written first.
+- `shards/{language}-{first}-{last}.safetensors`: the sums of texts first to last.
+- `languages/{language}.safetensors`: statistics of a language whose shards are all there.
+- `stats.safetensors`: statistics of all languages; written last.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lens_neurons.activation_stats import FILE_NAME, ActivationStats
+from lens_neurons.batching import Shard
+from lens_neurons.collecting import PartialSums
+from lens_neurons.errors import ProvenanceError, StorageError
+from lens_neurons.storage import (
+    SCHEMA,
+    Provenance,
+    load_json,
+    load_tensors,
+    require_kind,
+    save_json,
+    save_tensors,
+    sha256_of,
+)
+
+_MANIFEST = "manifest.json"
+_SHARD_KIND = "recording_shard"
+
+# What must be the same for a call to go on with a recording. Names and versions may change; what is computed may not.
+_SAME = ("dtype", "n_layers", "d_mlp", "processing", "backend", "site", "policy", "corpus", "tokenizer", "weights")
+
+
+class RecordingFolder:
+    """One recording on disk, made by any number of calls."""
+
+    def __init__(self, path: str | os.PathLike[str], provenance: Provenance, languages: Sequence[str]) -> None:
+        """Name the folder; nothing is read or written yet.
+
+        Args:
+            path: The folder.
+            provenance: What this call would record.
+            languages: Its languages in order.
+        """
+        self.path = Path(path)
+        self._provenance = provenance
+        self._languages = list(languages)
+        identity = {name: getattr(provenance, name) for name in _SAME}
+        settings = provenance.extra["recording"]
+        self.identity = sha256_of(json.dumps([identity, settings, self._languages], sort_keys=True))
+
+    def open(self) -> ActivationStats | None:
+        """Return the result if the recording is finished; check everything that is there.
+
+        Raises:
+            ProvenanceError: It is of another model, corpus, data type, policy or plan; both values are named.
+            StorageError: A file is damaged, or the folder holds something else.
+        """
+        if not (self.path / _MANIFEST).exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise StorageError(
+                    f"{self.path} holds something that is no recording; give a new folder, or one made by record."
+                )
+            return None
+        self._require_same()
+        for file in sorted((self.path / "shards").glob("*.safetensors")):
+            self.load_shard(file)
+        result = self.path / FILE_NAME
+        return ActivationStats.load(result) if result.exists() else None
+
+    def _require_same(self) -> None:
+        manifest = self._manifest()
+        mine, theirs = self._provenance, Provenance.from_dict(manifest["provenance"])
+        what = f"the recording in {self.path} (of {theirs.model}) and this call (with {mine.model})"
+        theirs.require_same(mine, _SAME, what=what)
+        pairs = [("languages", manifest["languages"], self._languages)]
+        for name, value in mine.extra["recording"].items():
+            pairs.append((name, theirs.extra["recording"].get(name), value))
+        for name, old, new in pairs:
+            if old != new:
+                raise ProvenanceError(
+                    f"{what} do not belong together: {name} is {old!r} in one and {new!r} in the other; use "
+                    "the same, or another path."
+                )
+
+    def _manifest(self) -> dict[str, Any]:
+        file = self.path / _MANIFEST
+        manifest = load_json(file)
+        if not isinstance(manifest, dict) or manifest.get("kind") != "recording":
+            raise StorageError(f"{file} is not the manifest of a recording; give another path.")
+        if manifest.get("schema", SCHEMA + 1) > SCHEMA:
+            raise StorageError(f"{file} has schema {manifest.get('schema')}, above {SCHEMA}; upgrade lens_neurons.")
+        if manifest.pop("sha256", None) != _checksum(manifest):
+            raise StorageError(f"{file} fails its checksum: it was changed or damaged; record into another path.")
+        return manifest
+
+    def plan(self) -> dict[str, Any] | None:
+        """Return the plan of an earlier call, None where there was none."""
+        if not (self.path / _MANIFEST).exists():
+            return None
+        values = self._manifest()["plan"]
+        return {**values, "languages": tuple(values["languages"])}
+
+    def start(self, plan: Mapping[str, Any]) -> None:
+        """Write the manifest; it comes before anything else."""
+        manifest = {
+            "schema": SCHEMA,
+            "kind": "recording",
+            "languages": self._languages,
+            "plan": {**plan, "languages": self._languages},
+            "provenance": self._provenance.to_dict(),
+        }
+        save_json(self.path / _MANIFEST, {**manifest, "sha256": _checksum(manifest)})
+
+    def shards(self, language: str) -> dict[int, Path]:
+        """Return the shards of a language that are on disk, by their first text."""
+        found: dict[int, Path] = {}
+        for file in (self.path / "shards").glob("*.safetensors"):
+            code, first, _ = file.stem.rsplit("-", 2)
+            if code == _file_name(language):
+                found[int(first)] = file
+        return found
+
+    def load_shard(self, file: Path, last: int | None = None) -> tuple[PartialSums, int]:
+        """Return the sums in a shard and the position of its last text, which must be `last` where that is given.
+
+        Raises:
+            StorageError: It is damaged, or belongs to another recording.
+        """
+        tensors, header = load_tensors(file)
+        require_kind(file, header, _SHARD_KIND)
+        name = self._shard_path(header["language"], header["first"], header["last"]).name
+        moved = file.name != name or last not in (None, header["last"])
+        if header["recording"] != self.identity or moved:
+            raise StorageError(f"{file} belongs to another recording or was renamed; delete it and run again.")
+        return PartialSums.from_tensors(tensors), int(header["last"])
+
+    def save_shard(self, shard: Shard, part: PartialSums) -> None:
+        """Write the sums of a shard."""
+        header = {
+            "schema": SCHEMA,
+            "kind": _SHARD_KIND,
+            "recording": self.identity,
+            "language": shard.language,
+            "first": shard.first,
+            "last": shard.last,
+        }
+        save_tensors(self._shard_path(shard.language, shard.first, shard.last), part.to_tensors(), header)
+
+    def _shard_path(self, language: str, first: int, last: int) -> Path:
+        return self.path / "shards" / f"{_file_name(language)}-{first}-{last}.safetensors"
+
+    def language(self, language: str) -> ActivationStats | None:
+        """Return the statistics of a finished language, None if it is not."""
+        file = self._language_path(language)
+        if not file.exists():
+            return None
+        stats = ActivationStats.load(file)
+        stats.provenance.require_same(self._provenance, set(_SAME) - {"corpus"}, what=f"{file} and this call")
+        return stats
+
+    def save_language(self, language: str, stats: ActivationStats) -> None:
+        """Write the statistics of a language whose shards are all there."""
+        stats.save(self._language_path(language))
+
+    def _language_path(self, language: str) -> Path:
+        return self.path / "languages" / f"{_file_name(language)}.safetensors"
+
+    def finish(self, stats: ActivationStats) -> None:
+        """Write the result, and clear away what a killed call left half-written."""
+        stats.save(self.path / FILE_NAME)
+        for file in self.path.rglob(".*.part"):
+            file.unlink(missing_ok=True)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return sha256_of(json.dumps(manifest, sort_keys=True, ensure_ascii=False))
+
+
+def _file_name(language: str) -> str:
+    # A group label may be anything: "C/C++" is no name of a file.
+    return quote(language, safe="")
