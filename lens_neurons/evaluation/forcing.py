@@ -1,0 +1,442 @@
+"""Does steering switch the language of free generation? Samples from nothing, judged by fastText and for sense.
+
+Kojima et al. 2024 count unprompted samples whose top fastText language is the target with p > 0.5. Degenerate text
+fools fastText ("est est est" is French with p = 0.99), so a sample counts here only if it is also varied enough and
+likely enough under the unsteered model.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.batching import PairEncoding, TokenPolicy, encode
+from lens_neurons.corpus import Corpus
+from lens_neurons.edits import EditSite
+from lens_neurons.errors import DataError, SettingError
+from lens_neurons.evaluation.controls import Treatment, chosen_languages, treatments
+from lens_neurons.evaluation.intervals import CONFIDENCE, RESAMPLES, Floats, percentiles, resample_counts
+from lens_neurons.evaluation.lid import LanguageGuess, identify_language
+from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, answer_logprobs
+from lens_neurons.evaluation.tables import NEURONS, NONE, chosen, control_draws, load_table, save_table, tidy
+from lens_neurons.generation import Generation, generate
+from lens_neurons.interventions import Condition
+from lens_neurons.model import Adapter, Model, adapt
+from lens_neurons.neurons import NeuronSet
+from lens_neurons.storage import Provenance, derive_seed
+
+TASK = "forcing"
+KIND = "forcing_scores"
+RANDOM_DRAWS = 5
+
+# A sample counts if its distinct-2 is at least this share of the unsteered median, and its NLL at most this many nats
+# a token above that of text of the language.
+DISTINCT_SHARE = 0.5
+NLL_MARGIN = 1.5
+
+# Kana, CJK ideographs, Thai, Lao, Tibetan, Myanmar, Khmer: words are not spaced, so each character is one.
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+    r"|[^\s\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
+)
+
+
+def split_words(text: str) -> list[str]:
+    """Return a text's words: what stands between spaces, and each character of a script that does not space words."""
+    return _WORD.findall(text)
+
+
+def distinct_share(text: str, n: int = 2) -> float:
+    """Return the share of a text's word n-grams that are distinct (distinct-n, Li et al. 2016); 0 if it has none."""
+    words = split_words(text)
+    grams = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Return the share of a text's word n-grams that came before in it (seq-rep-n, Welleck et al. 2020)."""
+    return 1.0 - distinct_share(text, n) if len(split_words(text)) >= n else 0.0
+
+
+@dataclass(frozen=True)
+class ForcingScores:
+    """How often steering makes unprompted text a language's, with random neurons and no steering beside it.
+
+    Attributes:
+        items: Tidy table. `condition` is "neurons", a random draw ("random-0", ...) or "none", `language` and
+            `target` the language steered to (under "none": the one looked for), `item` the sample; metrics: "raw", 1
+            where fastText names the target with p above the threshold; "counts", 1 where the sample also passes the
+            bars of variety and likelihood; "distinct_2", "repetition" and "nll" (nats a token under the unsteered
+            model; NaN for an empty sample), under "none" with target "".
+        texts: One row a sample: condition, language, sample, text, guess, probability.
+        reference: Language to NLL per token of real text of the language, under the unsteered model.
+        notes: What a reader must know, such as languages without neurons.
+        settings: Languages, factor, sampling, bars, seed, neurons a language, and the other arguments.
+        provenance: The model and its neurons' policy.
+    """
+
+    items: pd.DataFrame
+    texts: pd.DataFrame
+    reference: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages steered to."""
+        return tuple(self.settings["languages"])
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The condition labels of the random draws."""
+        return tuple(control_draws(self.items))
+
+    def values(self, metric: str, language: str, condition: str = NEURONS) -> Floats:
+        """Return one metric's values of a language's samples, in order."""
+        rows = chosen(self.items, condition=condition, target=language, metric=metric)
+        return rows.sort_values("item")["value"].to_numpy()
+
+    def _resampled(self, metric: str, language: str, n_resamples: int) -> tuple[Floats, Floats]:
+        """Return the resampled mean of the neurons and of the random draws (samples and draws resampled)."""
+        seed = int(self.settings["seed"])
+
+        def means(condition: str) -> Floats:
+            values = self.values(metric, language, condition)
+            counts = resample_counts(len(values), n_resamples, seed, "samples", language, condition)
+            return counts @ values / len(values)
+
+        own = means(NEURONS)
+        if not self.draws:
+            return own, np.full(n_resamples, np.nan)
+        by_draw = np.stack([means(draw) for draw in self.draws], axis=1)
+        weights = resample_counts(len(self.draws), n_resamples, seed, "draws", language) / len(self.draws)
+        return own, (by_draw * weights).sum(axis=1)
+
+    def _mean(self, metric: str, language: str, conditions: Sequence[str]) -> float:
+        parts = [self.values(metric, language, condition) for condition in conditions]
+        values = np.concatenate([np.empty(0), *parts])
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if values.size else float("nan")
+
+    def summary(self, *, n_resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> pd.DataFrame:
+        """Return one row a language: share of samples that count, the interval, the random control, the baseline.
+
+        Columns: `neurons`, `n` samples, `mean` share that counts with `low` and `high`, `control` (random draws) with
+        `control_low` and `control_high`, `baseline` (unsteered), `difference` = mean - control with
+        `difference_low` and `difference_high`; `raw`, `raw_control`, `raw_baseline`: shares by fastText alone;
+        `distinct_2`, `repetition` and `nll`: means over the steered samples; `reference_nll`.
+        """
+        rows: list[dict[str, Any]] = []
+        for language in self.languages:
+            own, control = self._resampled("counts", language, n_resamples)
+            mean, random = self._mean("counts", language, [NEURONS]), self._mean("counts", language, self.draws)
+            row: dict[str, Any] = {
+                "neurons": self.settings["neurons"].get(language, 0),
+                "n": len(self.values("counts", language)),
+                "mean": mean,
+            }
+            row["low"], row["high"] = percentiles(own, confidence)
+            row["control"] = random
+            row["control_low"], row["control_high"] = percentiles(control, confidence)
+            row["baseline"] = self._mean("counts", language, [NONE])
+            row["difference"] = mean - random
+            row["difference_low"], row["difference_high"] = percentiles(own - control, confidence)
+            row["raw"] = self._mean("raw", language, [NEURONS])
+            row["raw_control"] = self._mean("raw", language, self.draws)
+            row["raw_baseline"] = self._mean("raw", language, [NONE])
+            row |= {name: self._mean(name, language, [NEURONS]) for name in ("distinct_2", "repetition", "nll")}
+            row["reference_nll"] = self.reference[language]
+            rows.append(row)
+        return pd.DataFrame(rows).set_axis(list(self.languages)).rename_axis(index="language")
+
+    def overall(
+        self,
+        languages: Sequence[str] | None = None,
+        *,
+        n_resamples: int = RESAMPLES,
+        confidence: float = CONFIDENCE,
+    ) -> pd.Series:
+        """Return the means over languages, unweighted, with intervals; entries are named as in `summary`.
+
+        Args:
+            languages: Languages to average over; default: all.
+            n_resamples: Number of resamples.
+            confidence: Share of the resampled means within an interval.
+
+        Raises:
+            DataError: A language that was not steered to.
+        """
+        codes = chosen_languages(languages, scores=self.languages)
+        table = self.summary(n_resamples=1).loc[list(codes)]
+        names = ["mean", "control", "baseline", "difference", "raw", "raw_control", "raw_baseline"]
+        names += ["distinct_2", "repetition", "nll", "reference_nll"]
+        found: dict[str, float] = {"languages": len(codes), "n": float(table["n"].sum())}
+        found |= {name: float(table[name].mean()) for name in names}
+        pairs = [self._resampled("counts", code, n_resamples) for code in codes]
+        own = np.mean([pair[0] for pair in pairs], axis=0)
+        control = np.mean([pair[1] for pair in pairs], axis=0)
+        found["low"], found["high"] = percentiles(own, confidence)
+        found["control_low"], found["control_high"] = percentiles(control, confidence)
+        found["difference_low"], found["difference_high"] = percentiles(own - control, confidence)
+        return pd.Series(found, dtype="float64").rename(self.settings["factor"])
+
+    def __repr__(self) -> str:
+        """Return factor, size and the mean shares."""
+        table = self.overall(n_resamples=1)
+        return (
+            f"ForcingScores({self.settings['factor']}, {len(self.languages)} languages; share that counts "
+            f"{table['mean']:.3f}, random {table['control']:.3f}, unsteered {table['baseline']:.3f})"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the scores: Parquet, or JSON Lines if the path ends in `.jsonl`."""
+        header = {
+            "notes": list(self.notes),
+            "settings": dict(self.settings),
+            "provenance": self.provenance.to_dict(),
+            "reference": dict(self.reference),
+            "texts": self.texts.to_dict(orient="list"),
+        }
+        save_table(path, self.items, KIND, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ForcingScores":
+        """Return the scores in a file written by `save`.
+
+        Raises:
+            StorageError: The file is absent, damaged, or of another kind.
+        """
+        items, header = load_table(path, KIND)
+        texts = pd.DataFrame(header["texts"])
+        provenance = Provenance.from_dict(header["provenance"])
+        return cls(items, texts, header["reference"], tuple(header["notes"]), header["settings"], provenance)
+
+
+@dataclass(frozen=True)
+class _Bars:
+    """What a sample is held against."""
+
+    threshold: float
+    distinct_2: float
+    reference: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The samples of one condition, with what was found about each."""
+
+    samples: Sequence[Generation]
+    guesses: Sequence[LanguageGuess]
+    nll: Floats
+
+    def distinct_2(self) -> Floats:
+        return np.array([distinct_share(sample.text) for sample in self.samples])
+
+    def repetition(self) -> Floats:
+        return np.array([repetition(sample.text) for sample in self.samples])
+
+    def raw(self, language: str, bars: _Bars) -> Floats:
+        hits = [guess.language == language and guess.probability > bars.threshold for guess in self.guesses]
+        return np.array(hits, dtype=np.float64)
+
+    def counts(self, language: str, bars: _Bars) -> Floats:
+        varied = self.distinct_2() >= bars.distinct_2
+        # NaN, an empty sample, compares as False.
+        likely = self.nll <= bars.reference[language] + NLL_MARGIN
+        return self.raw(language, bars) * varied * likely
+
+
+def forced_share(
+    model: Model,
+    neurons: NeuronSet,
+    stats: ActivationStats,
+    *,
+    factor: str = "p_max",
+    languages: Sequence[str] | None = None,
+    n: int = 20,
+    baseline_samples: int = 100,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    threshold: float = 0.5,
+    reference: Corpus | None = None,
+    lid_model: str | os.PathLike[str] | None = None,
+    random_draws: int = RANDOM_DRAWS,
+    seed: int = 0,
+    site: EditSite = "gate_act",
+    layers: Collection[int] | None = None,
+    allow: Collection[str] = (),
+    batch_size: int = 128,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+) -> ForcingScores:
+    """Return how often unprompted samples under steering are in the language steered to.
+
+    A sample is what the model writes after BOS alone. It counts if fastText names the language with a probability
+    above `threshold`, its distinct-2 (words, or characters where words are not spaced) is at least half the median of
+    unsteered samples, and its NLL under the unsteered model is at most 1.5 nats a token above that of real text of
+    the language.
+
+    Args:
+        model: The model.
+        neurons: The neurons by language.
+        stats: What was recorded with the same model.
+        factor: Name of the factor, as `lens_neurons.factor` takes it.
+        languages: Languages to steer to; default: all of the set that the reference has.
+        n: Samples a language and draw.
+        baseline_samples: Unsteered samples.
+        max_new_tokens: Tokens a sample.
+        temperature: Of sampling; 0.8 as Kojima et al.
+        threshold: Probability that fastText must exceed.
+        reference: Real text by language; default: the packaged held-out sentences.
+        lid_model: Path of another fastText model.
+        random_draws: Draws of random neurons; 0 for none.
+        seed: Seed of samples, draws and intervals.
+        site: Where values are written.
+        layers: Only in these layers.
+        allow: In what the model may differ from the one that the neurons are of.
+        batch_size: Samples at a time.
+        batch_tokens: Padded tokens a batch, where likelihoods are scored.
+
+    Raises:
+        DataError: A language that neurons or reference lack, or a tokenizer without BOS.
+        SettingError: An unknown factor, or too few samples.
+    """
+    if n < 1 or baseline_samples < 1:
+        raise SettingError(f"n={n} and baseline_samples={baseline_samples} must both be at least 1.")
+    reference = Corpus.packaged("held_out") if reference is None else reference
+    adapter = adapt(model)
+    codes = chosen_languages(languages, neurons=neurons.languages, reference=reference.languages)
+    known = {code: _reference_nll(model, adapter, reference, code, batch_tokens) for code in codes}
+    compared = treatments(
+        adapter.provenance(),
+        neurons,
+        stats,
+        codes,
+        {factor: random_draws},
+        seed=seed,
+        site=site,
+        layers=layers,
+        allow=allow,
+    )
+    # A language without neurons is sampled under a condition that does nothing.
+    conditions = [_condition(treatment) for treatment in compared.items]
+    draw_seed = derive_seed(seed, "forcing")
+
+    def sample(wanted: Sequence[Condition], count: int) -> list[Generation]:
+        made = generate(
+            model,
+            "",
+            wanted,
+            n=count,
+            seed=draw_seed,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        return list(made)
+
+    samples = [*sample([Condition.none()], baseline_samples), *sample(conditions, n)]
+    guesses = identify_language([sample.text for sample in samples], lid_model)
+    nll = _sample_nll(model, adapter, samples, batch_tokens)
+
+    def judged(start: int, stop: int) -> _Judged:
+        return _Judged(samples[start:stop], guesses[start:stop], nll[start:stop])
+
+    plain = judged(0, baseline_samples)
+    bars = _Bars(threshold, DISTINCT_SHARE * float(np.median(plain.distinct_2())), known)
+    groups = [
+        (treatment, judged(start, start + n))
+        for treatment, start in zip(compared.items, range(baseline_samples, len(samples), n), strict=True)
+    ]
+    shown = [row for treatment, found in groups for row in _texts(treatment.label, treatment.language, found)]
+    texts = pd.DataFrame([*_texts(NONE, "", plain), *shown])
+    described = {
+        "factor": factor,
+        "languages": list(codes),
+        "n": n,
+        "baseline_samples": baseline_samples,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "threshold": threshold,
+        "distinct_2_bar": bars.distinct_2,
+        "nll_margin": NLL_MARGIN,
+        "random_draws": random_draws,
+        "reference": reference.name,
+        "lid_model": "lid.176.ftz" if lid_model is None else os.path.basename(lid_model),
+        "seed": seed,
+        "site": site,
+        "layers": None if layers is None else sorted(layers),
+        "method": dict(neurons.method),
+        "neurons": {code: len(neurons[code]) for code in codes},
+    }
+    provenance = adapter.provenance(site, {}, reference.fingerprint_all(), seed)
+    items = tidy(_blocks(codes, plain, groups, bars))
+    return ForcingScores(items, texts, known, compared.notes, described, provenance)
+
+
+def _condition(treatment: Treatment) -> Condition:
+    return treatment.condition or Condition(f"{treatment.label} {treatment.factor} {treatment.language}")
+
+
+def _reference_nll(model: Model, adapter: Adapter, corpus: Corpus, language: str, batch_tokens: int) -> float:
+    """Return the NLL per token of a language's real text, after BOS as the samples are."""
+    pieces = encode(adapter.tokens, corpus.texts(language), TokenPolicy(bos="always"))
+    pairs = [PairEncoding(piece.ids, 1) for own in pieces for piece in own]
+    if not pairs:
+        raise DataError(f"'{language}' has no text in corpus '{corpus.name}'; give it some to compare samples with.")
+    total = answer_logprobs(model, pairs, batch_tokens=batch_tokens).sum().item()
+    return -total / sum(len(pair.ids) - 1 for pair in pairs)
+
+
+def _sample_nll(model: Model, adapter: Adapter, samples: Sequence[Generation], batch_tokens: int) -> Floats:
+    """Return every sample's NLL per token under the unsteered model; NaN for an empty one."""
+    start = adapter.tokens.bos("always")
+    there = [i for i, sample in enumerate(samples) if sample.tokens]
+    pairs = [PairEncoding((*start, *samples[i].tokens), len(start)) for i in there]
+    values = np.full(len(samples), np.nan)
+    if pairs:
+        sums = answer_logprobs(model, pairs, batch_tokens=batch_tokens)[0].numpy()
+        values[there] = -sums / [len(samples[i].tokens) for i in there]
+    return values
+
+
+def _texts(label: str, language: str, judged: _Judged) -> Iterator[dict[str, Any]]:
+    for sample, guess in zip(judged.samples, judged.guesses, strict=True):
+        yield {
+            "condition": label,
+            "language": language,
+            "sample": sample.sample,
+            "text": sample.text,
+            "guess": guess.language or "",
+            "probability": guess.probability,
+        }
+
+
+def _blocks(
+    codes: Sequence[str], plain: _Judged, groups: Sequence[tuple[Treatment, _Judged]], bars: _Bars
+) -> Iterator[dict[str, Any]]:
+    def block(judged: _Judged, metric: str, values: Floats, **columns: str) -> dict[str, Any]:
+        items = [sample.sample for sample in judged.samples]
+        return {"task": TASK, "metric": metric, "item": items, "value": values, **columns}
+
+    def qualities(judged: _Judged, **columns: str) -> Iterator[dict[str, Any]]:
+        yield block(judged, "distinct_2", judged.distinct_2(), **columns)
+        yield block(judged, "repetition", judged.repetition(), **columns)
+        yield block(judged, "nll", judged.nll, **columns)
+
+    yield from qualities(plain, condition=NONE)
+    for code in codes:
+        columns = {"condition": NONE, "language": code, "target": code}
+        yield block(plain, "raw", plain.raw(code, bars), **columns)
+        yield block(plain, "counts", plain.counts(code, bars), **columns)
+    for treatment, judged in groups:
+        code = treatment.language
+        columns = {"condition": treatment.label, "language": code, "target": code, "factor": treatment.factor}
+        yield from qualities(judged, **columns)
+        yield block(judged, "raw", judged.raw(code, bars), **columns)
+        yield block(judged, "counts", judged.counts(code, bars), **columns)

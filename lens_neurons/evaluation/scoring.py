@@ -1,0 +1,271 @@
+"""Log-probabilities of continuations: many pairs under many conditions in the same batches.
+
+A row is one pair under one condition. Rows of one condition that begin with the same tokens run those once and
+continue from the cached keys and values; a condition that reads a statistic of the running forward sees whole rows,
+as its definition says. Only the positions that predict the continuation are unembedded.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_neurons.batching import PairEncoding, group_by_length, pad
+from lens_neurons.errors import DataError
+from lens_neurons.interventions import Condition
+from lens_neurons.model import Adapter, Model, adapt
+from lens_neurons.steering import ConditionHooks
+
+Bos = Literal["model", "always", "never"]
+
+# A batch is cut where its logits would be more values than this (128 MB in float32).
+_LOGITS_AT_ONCE = 1 << 25
+
+DEFAULT_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One thing to score.
+
+    Attributes:
+        condition: Index of its condition.
+        pair: Index of its pair.
+    """
+
+    condition: int
+    pair: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows of one batch: what is run of them, behind what.
+
+    Attributes:
+        rows: Indices of the rows.
+        prefixes: Rows whose first `shared` tokens are run first, once; empty where nothing is shared.
+        prefix_of: For each row, the position of its prefix in `prefixes`.
+        shared: Number of tokens of each prefix.
+    """
+
+    rows: list[int]
+    prefixes: list[int]
+    prefix_of: list[int]
+    shared: int
+
+
+def answer_logprobs(
+    model: Model,
+    pairs: Sequence[PairEncoding],
+    conditions: Sequence[Condition] | Condition | None = None,
+    *,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: bool = False,
+) -> Float64[Tensor, "condition item"]:
+    """Return the summed log-probability of every pair's continuation under every condition.
+
+    The sum is over the tokens from `answer_start` on, not normalised by length: float64 sums of float32
+    log-softmax values (methods.md section 3.4).
+
+    Args:
+        model: The model.
+        pairs: Prompts with their continuations, as `encode_pair` makes them.
+        conditions: What is done; default: nothing.
+        batch_tokens: Padded tokens a batch.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        DataError: A pair that is longer than the context, or without a scored token.
+    """
+    listed = _listed(conditions)
+    rows = [ScoreRow(condition, pair) for condition in range(len(listed)) for pair in range(len(pairs))]
+    with progress_bar(len(rows), "scoring", progress) as bar:
+        values = score_rows(model, pairs, listed, rows, batch_tokens=batch_tokens, bar=bar)
+    return torch.from_numpy(values).reshape(len(listed), len(pairs))
+
+
+def score_rows(
+    model: Model,
+    pairs: Sequence[PairEncoding],
+    conditions: Sequence[Condition],
+    rows: Sequence[ScoreRow],
+    *,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    bar: "tqdm[Any] | None" = None,
+) -> npt.NDArray[np.float64]:
+    """Return the summed log-probability of the continuation for some (condition, pair) rows.
+
+    Args:
+        model: The model.
+        pairs: Prompts with their continuations.
+        conditions: What is done.
+        rows: Which pair under which condition.
+        batch_tokens: Padded tokens a batch.
+        bar: A progress bar that counts rows.
+
+    Raises:
+        DataError: A pair that is longer than the context, or without a scored token.
+    """
+    adapter = adapt(model)
+    for pair in pairs:
+        if not 1 <= pair.answer_start < len(pair.ids):
+            raise DataError(
+                f"a pair of {len(pair.ids)} tokens with its continuation from token {pair.answer_start} on has nothing "
+                "to score; at least one token must stand before the continuation and one in it."
+            )
+        if len(pair.ids) > adapter.n_ctx:
+            raise DataError(
+                f"a prompt with its continuation has {len(pair.ids)} tokens, more than the context of {adapter.n_ctx}; "
+                "shorten it."
+            )
+    values = np.zeros(len(rows), dtype=np.float64)
+    if not rows:
+        return values
+    hooks = ConditionHooks(adapter, conditions)
+    scorer = _Scorer(adapter, hooks, pairs, conditions, rows)
+    with torch.inference_mode(), hooks.active():
+        for job in scorer.jobs(batch_tokens):
+            for index, value in scorer.run(job, batch_tokens):
+                values[index] = value
+            if bar is not None:
+                bar.update(len(job.rows))
+    return values
+
+
+def progress_bar(total: int, label: str, show: bool) -> "tqdm[Any]":
+    """Return a progress bar over rows, for a `with` statement; it shows nothing unless asked."""
+    return tqdm(total=total, desc=label, unit="row", disable=not show)
+
+
+def _listed(conditions: Sequence[Condition] | Condition | None) -> list[Condition]:
+    if conditions is None:
+        return [Condition.none()]
+    return [conditions] if isinstance(conditions, Condition) else list(conditions)
+
+
+class _Scorer:
+    """Plans and runs the batches of one call."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        hooks: ConditionHooks,
+        pairs: Sequence[PairEncoding],
+        conditions: Sequence[Condition],
+        rows: Sequence[ScoreRow],
+    ) -> None:
+        self._adapter = adapter
+        self._hooks = hooks
+        self._pairs = pairs
+        self._rows = rows
+        self._whole = [condition.needs_row_statistics for condition in conditions]
+
+    def jobs(self, batch_tokens: int) -> Iterator[_Job]:
+        """Yield the batches: those that share prefixes by prefix length, then the others by length."""
+        families: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        alone: list[int] = []
+        for index, row in enumerate(self._rows):
+            pair = self._pairs[row.pair]
+            # The prompt's last token is not shared: its output predicts the first token of the continuation.
+            shared = pair.ids[: pair.answer_start - 1]
+            if shared and not self._whole[row.condition]:
+                families.setdefault((row.condition, shared), []).append(index)
+            else:
+                alone.append(index)
+        by_length: dict[int, list[list[int]]] = {}
+        for (_, shared), members in families.items():
+            if len(members) > 1:
+                by_length.setdefault(len(shared), []).append(members)
+            else:
+                alone.extend(members)
+        # Prefixes of one length need no padding, so a cache has none either.
+        for length, groups in sorted(by_length.items(), reverse=True):
+            at_once = max(1, batch_tokens // length)
+            for start in range(0, len(groups), at_once):
+                batch = groups[start : start + at_once]
+                rows = [index for members in batch for index in members]
+                prefix_of = [number for number, members in enumerate(batch) for _ in members]
+                yield _Job(rows, [members[0] for members in batch], prefix_of, length)
+        lengths = [len(self._inputs(index, 0)) for index in alone]
+        for group in group_by_length(lengths, batch_tokens):
+            yield _Job([alone[i] for i in group], [], [], 0)
+
+    def _inputs(self, index: int, shared: int) -> tuple[int, ...]:
+        """Return the tokens that a row runs after its prefix: the last predicts nothing and is left out."""
+        row = self._rows[index]
+        ids = self._pairs[row.pair].ids[shared:]
+        return ids if self._whole[row.condition] else ids[:-1]
+
+    def run(self, job: _Job, batch_tokens: int) -> Iterator[tuple[int, float]]:
+        """Yield (index of the row, summed log-probability) for the rows of a batch."""
+        cache = self._prefill(job) if job.prefixes else None
+        inputs = [self._inputs(index, job.shared) for index in job.rows]
+        scored = [len(pair.ids) - pair.answer_start for pair in (self._pair(index) for index in job.rows)]
+        limit = max(1, _LOGITS_AT_ONCE // self._adapter.d_vocab)
+        for group in group_by_length([len(ids) for ids in inputs], batch_tokens):
+            for part in _bounded(group, scored, limit):
+                members = [job.rows[i] for i in part]
+                rest = None
+                if cache is not None:
+                    rest = self._adapter.copy_cache_rows(cache, torch.tensor([job.prefix_of[i] for i in part]))
+                sums = self._sums(members, [inputs[i] for i in part], job.shared, rest)
+                yield from zip(members, sums, strict=True)
+
+    def _pair(self, index: int) -> PairEncoding:
+        return self._pairs[self._rows[index].pair]
+
+    def _conditions(self, indices: Sequence[int]) -> Tensor:
+        return torch.tensor([self._rows[index].condition for index in indices], device=self._adapter.device)
+
+    def _prefill(self, job: _Job) -> object:
+        tokens = torch.tensor([self._pair(index).ids[: job.shared] for index in job.prefixes])
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        self._hooks.begin(self._conditions(job.prefixes), mask, torch.zeros_like(mask))
+        cache = self._adapter.new_cache(len(job.prefixes))
+        # Only the cache is wanted; one position is unembedded because there must be one.
+        first = torch.zeros(1, dtype=torch.int64)
+        self._adapter.logits_at(tokens, mask, first, first, cache)
+        return cache
+
+    def _sums(
+        self, members: Sequence[int], inputs: Sequence[Sequence[int]], shared: int, cache: object | None
+    ) -> list[float]:
+        tokens, mask = pad(inputs, self._adapter.tokens.pad_id)
+        generated = torch.zeros_like(mask)
+        rows: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for number, index in enumerate(members):
+            pair = self._pair(index)
+            generated[number, pair.answer_start - shared :] = True
+            rows.extend([number] * (len(pair.ids) - pair.answer_start))
+            positions.extend(range(pair.answer_start - 1 - shared, len(pair.ids) - 1 - shared))
+            wanted.extend(pair.ids[pair.answer_start :])
+        self._hooks.begin(self._conditions(members), mask, generated & mask)
+        total = torch.cat([torch.ones((len(members), shared), dtype=torch.bool), mask], dim=1)
+        row = torch.tensor(rows)
+        logits = self._adapter.logits_at(tokens, total, row, torch.tensor(positions), cache)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        picked = logits.gather(1, torch.tensor(wanted, device=logits.device)[:, None]).squeeze(1)
+        logprobs = (picked - logits.logsumexp(dim=1)).double().cpu()
+        return torch.zeros(len(members), dtype=torch.float64).index_add_(0, row, logprobs).tolist()
+
+
+def _bounded(group: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Yield runs of a group whose sizes add up to at most a limit; a member above it comes alone."""
+    part: list[int] = []
+    total = 0
+    for i in group:
+        if part and total + sizes[i] > limit:
+            yield part
+            part, total = [], 0
+        part.append(i)
+        total += sizes[i]
+    if part:
+        yield part

@@ -1,0 +1,151 @@
+"""Tables of scores: one tidy row an item and metric, and files that say where they came from.
+
+A file is Parquet with the header in its metadata, or JSON Lines whose first line is the header (a path that ends in
+`.jsonl`). Both carry one checksum over header and rows.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pandas.util import hash_pandas_object
+
+from lens_neurons.errors import StorageError
+from lens_neurons.storage import SCHEMA, require_kind, sha256_of, write_atomic
+
+COLUMNS = ("condition", "language", "base", "target", "factor", "task", "metric", "item", "value")
+
+# The condition column: nothing done, a language's own neurons, or random ones ("random-0", ...).
+NONE = "none"
+NEURONS = "neurons"
+
+_KEY = b"lens_neurons"
+_TEXT_COLUMNS = COLUMNS[:7]
+
+ColumnName = Literal["condition", "language", "base", "target", "factor", "task", "metric"]
+
+
+def tidy(blocks: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the tidy table of some blocks of rows.
+
+    Args:
+        blocks: Column name to one value, or to one value a row; absent text columns are "".
+    """
+    listed = list(blocks)
+    sizes = [len(block["value"]) for block in listed]
+
+    def column(name: str) -> npt.NDArray[Any]:
+        parts = [block.get(name, "") for block in listed]
+        if name not in _TEXT_COLUMNS:
+            return np.concatenate([np.empty(0), *(np.asarray(part, dtype=np.float64) for part in parts)])
+        single = all(isinstance(part, str) for part in parts)
+        if single:
+            return np.repeat(np.asarray(parts, dtype=object), sizes)
+        full = [[part] * size if isinstance(part, str) else part for part, size in zip(parts, sizes, strict=True)]
+        return np.asarray([value for part in full for value in part], dtype=object)
+
+    frame = pd.DataFrame({name: column(name) for name in COLUMNS})
+    return _typed(frame)
+
+
+def chosen(frame: pd.DataFrame, **values: str) -> pd.DataFrame:
+    """Return the rows whose columns have the given values."""
+    keep = np.ones(len(frame), dtype=bool)
+    for name, value in values.items():
+        keep &= (frame[name] == value).to_numpy()
+    return frame.loc[keep]
+
+
+def strings(frame: pd.DataFrame, name: str) -> list[str]:
+    """Return a text column as plain strings."""
+    return [str(value) for value in frame[name].tolist()]
+
+
+def control_label(draw: int) -> str:
+    """Return the condition column's entry for one draw of random neurons."""
+    return f"random-{draw}"
+
+
+def control_draws(frame: pd.DataFrame) -> list[str]:
+    """Return the condition labels of the random draws in a table, in order."""
+    found = [str(label) for label in frame["condition"].unique() if str(label).startswith("random-")]
+    return sorted(found, key=lambda label: int(label.removeprefix("random-")))
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    types: dict[str, Any] = dict.fromkeys(_TEXT_COLUMNS, "category")
+    return frame.loc[:, list(COLUMNS)].astype({**types, "item": "int64", "value": "float64"})
+
+
+def _checksum(header: Mapping[str, Any], frame: pd.DataFrame) -> str:
+    hashes: Any = hash_pandas_object(frame, index=False)  # pyright: ignore[reportCallIssue]
+    return sha256_of(json.dumps(header, sort_keys=True).encode() + hashes.to_numpy().tobytes())
+
+
+def save_table(path: str | os.PathLike[str], frame: pd.DataFrame, kind: str, header: Mapping[str, Any]) -> None:
+    """Write a tidy table with a JSON header, atomically.
+
+    Args:
+        path: The file; JSON Lines if it ends in `.jsonl`, else Parquet.
+        frame: A tidy table.
+        kind: What it is.
+        header: Anything else, as plain JSON values.
+    """
+    plain: dict[str, Any] = json.loads(json.dumps({**header, "kind": kind, "schema": SCHEMA}))
+    text = json.dumps({**plain, "sha256": _checksum(plain, frame)}, ensure_ascii=False)
+    if Path(path).suffix == ".jsonl":
+        rows = zip(*(frame[name].tolist() for name in COLUMNS), strict=True)
+        lines = [json.dumps([None if _is_nan(value) else value for value in row], ensure_ascii=False) for row in rows]
+        write_atomic(path, ("\n".join([text, *lines]) + "\n").encode())
+        return
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata({_KEY: text.encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
+def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the tidy table and the header of a file written by `save_table`.
+
+    Raises:
+        StorageError: The file is absent, damaged, of another kind or of a later schema.
+    """
+    if not Path(path).is_file():
+        raise StorageError(f"{path} does not exist; give the path of a file that was saved before.")
+    read = _read_lines if Path(path).suffix == ".jsonl" else _read_parquet
+    try:
+        frame, header = read(Path(path))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise StorageError(f"{path} is damaged or was not written by lens_neurons ({error}); make it again.") from None
+    require_kind(path, header, kind)
+    if header.get("schema", SCHEMA + 1) > SCHEMA:
+        raise StorageError(f"{path} has schema {header.get('schema')}, but this version reads up to {SCHEMA}; upgrade.")
+    expected = header.pop("sha256", "")
+    if _checksum(header, frame) != expected:
+        raise StorageError(f"{path} fails its checksum: the file was changed or damaged; make it again.")
+    return frame, header
+
+
+def _read_lines(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    first, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    frame = pd.DataFrame([json.loads(line) for line in lines], columns=list(COLUMNS))
+    return _typed(frame), json.loads(first)
+
+
+def _read_parquet(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    # pyarrow's own errors are ValueErrors and OSErrors.
+    table = pq.read_table(pa.BufferReader(path.read_bytes()))
+    header = json.loads((table.schema.metadata or {})[_KEY])
+    return _typed(table.to_pandas()), header
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,183 @@
+"""Small results of every kind, made up but of the real classes: for tests of figures and reports, and to look at."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.evaluation.contexts import TopTexts
+from lens_neurons.evaluation.forcing import ForcingScores
+from lens_neurons.evaluation.lss import SteeringScores
+from lens_neurons.evaluation.perplexity import PerplexityMatrix
+from lens_neurons.evaluation.tables import NEURONS, NONE, control_label, tidy
+from lens_neurons.generation import Generation, Generations
+from lens_neurons.languages import DEMO_LANGUAGES
+from lens_neurons.neurons import NeuronSet
+from lens_neurons.storage import Provenance
+
+PROVENANCE = Provenance(
+    model="tiny",
+    weights="ab" * 32,
+    tokenizer="cd" * 32,
+    dtype="float32",
+    processing="none",
+    backend="hooked",
+    n_layers=6,
+    d_mlp=256,
+    policy={"bos": "model", "max_tokens": None},
+    package_version="0.1.0",
+)
+N_TEXTS = 12
+
+
+def make_neurons(languages: Sequence[str] = DEMO_LANGUAGES, empty: Sequence[str] = ("it", "sw")) -> NeuronSet:
+    """Return a set of up to 60 neurons a language in 6 layers, most of them late; related languages share some."""
+    draw = np.random.default_rng(0)
+    shape = (6, 256)
+    weight = np.array([3, 1, 0.5, 1, 4, 6], dtype=np.float64).repeat(shape[1])
+    masks: dict[str, torch.Tensor] = {}
+    for code in languages:
+        mask = np.zeros(shape, dtype=bool)
+        if code not in empty:
+            chosen = draw.choice(mask.size, int(draw.integers(10, 60)), replace=False, p=weight / weight.sum())
+            mask.flat[chosen] = True
+        masks[code] = torch.from_numpy(mask)
+    for one, other in (("id", "ms"), ("zh", "ja"), ("fr", "pt"), ("fr", "ht"), ("en", "nl")):
+        if one in masks and other in masks and one not in empty:
+            masks[one] = masks[one] | (masks[other] & torch.from_numpy(draw.random(shape) < 0.6))
+    scores = {code: torch.from_numpy(draw.random(shape)) for code in masks}
+    method = {"name": "lape", "top_rate": 0.05, "filter_rate": 0.95, "activation_bar_ratio": 0.95}
+    return NeuronSet.from_masks(masks, scores=scores, provenance=PROVENANCE, method=method)
+
+
+def make_stats(neurons: NeuronSet) -> ActivationStats:
+    """Return counts of 1,000 tokens a language in which each language's neurons fire for it and hardly besides."""
+    draw = np.random.default_rng(1)
+    usual = draw.random(neurons.shape) ** 2 * 0.8
+    any_language = neurons.union_mask().numpy()
+    positive: dict[str, torch.Tensor] = {}
+    for code in neurons.languages:
+        own = np.where(any_language, np.where(neurons.mask(code).numpy(), 0.4 + usual * 0.7, 0.05 * usual), usual)
+        noisy = np.clip(own + 0.03 * draw.standard_normal(neurons.shape), 0, 1)
+        positive[code] = torch.from_numpy((noisy * 1000).astype(np.int64))
+    return ActivationStats.from_counts(dict.fromkeys(positive, 1000), positive, provenance=PROVENANCE)
+
+
+def make_lss(
+    languages: Sequence[str] = DEMO_LANGUAGES, factors: Sequence[str] = ("p_max", "p_median", "=0"), n_facts: int = 20
+) -> SteeringScores:
+    """Return scores whose cells are near 0.92, 0.85, ... by factor; random neurons, for the first, near 0.55."""
+    draw = np.random.default_rng(2)
+    expected = dict(zip(factors, np.linspace(0.92, 0.38, len(factors))))
+    blocks = []
+    for base in languages:
+        for target in languages:
+            if base == target:
+                continue
+            shared = {"language": target, "base": base, "target": target, "task": "lss", "item": range(n_facts)}
+            for factor in factors:
+                labels = {NEURONS: expected[factor]}
+                if factor == factors[0]:
+                    labels |= {control_label(k): 0.55 for k in range(3)}
+                for label, mean in labels.items():
+                    hits = (draw.random(n_facts) < mean).astype(np.float64)
+                    mine = {**shared, "condition": label, "factor": factor}
+                    blocks += [{**mine, "metric": "lss", "value": hits}, {**mine, "metric": "margin", "value": hits - 0.5}]
+    settings = {
+        "variant": "corrected",
+        "factors": list(factors),
+        "seed": 0,
+        "languages": list(languages),
+        "bases": list(languages),
+        "facts": "made up",
+        "neurons": dict.fromkeys(languages, 5),
+    }
+    left_out = {"scored": n_facts, "identical": 1, "skipped": 0, "missing": 0, "unscorable": 0}
+    pairs = [(base, target) for base in languages for target in languages if base != target]
+    dropped = pd.DataFrame([{"base": base, "target": target, **left_out} for base, target in pairs])
+    return SteeringScores(tidy(blocks), dropped, ("a note on the scores",), settings, PROVENANCE)
+
+
+def make_perplexity(languages: Sequence[str] = DEMO_LANGUAGES) -> PerplexityMatrix:
+    """Return a matrix in which silencing costs every language itself 0.8 nats a token, and the others about 0.05."""
+    draw = np.random.default_rng(3)
+    blocks = []
+    base = 3.0 + draw.random((len(languages), N_TEXTS))
+    for k, tested in enumerate(languages):
+        shared = {"target": tested, "task": "perplexity", "item": range(N_TEXTS)}
+        blocks.append({**shared, "condition": NONE, "metric": "tokens", "value": np.full(N_TEXTS, 20.0)})
+        blocks.append({**shared, "condition": NONE, "metric": "nll", "value": base[k]})
+        for silenced in languages:
+            for label in (NEURONS, control_label(0), control_label(1)):
+                cost = 0.8 if label == NEURONS and silenced == tested else 0.05
+                nll = base[k] + cost + 0.1 * draw.standard_normal(N_TEXTS)
+                blocks.append({**shared, "condition": label, "language": silenced, "metric": "nll", "value": nll})
+    names = list(languages)
+    settings = {"languages": names, "tested": names, "intervention": "silence", "seed": 0}
+    return PerplexityMatrix(tidy(blocks), (), {**settings, "neurons": dict.fromkeys(names, 5)}, PROVENANCE)
+
+
+def make_forcing(languages: Sequence[str] = DEMO_LANGUAGES, n: int = 20) -> ForcingScores:
+    """Return scores of steering that reaches most languages, random neurons that reach few."""
+    draw = np.random.default_rng(4)
+    blocks = []
+    for k, code in enumerate(languages):
+        reached = {NEURONS: 0.9 - 0.04 * k, control_label(0): 0.1, control_label(1): 0.06, NONE: 0.05}
+        for label, mean in reached.items():
+            raw = (draw.random(n) < mean).astype(np.float64)
+            shared = {"task": "forcing", "item": range(n), "condition": label, "language": code, "target": code}
+            values = {"raw": raw, "counts": raw * (draw.random(n) < 0.9)}
+            if label != NONE:
+                values |= {"distinct_2": draw.random(n), "repetition": draw.random(n) * 0.3, "nll": 3 + draw.random(n)}
+            blocks += [{**shared, "metric": name, "value": part} for name, part in values.items()]
+    texts = pd.DataFrame(
+        [
+            {"condition": label, "language": code, "sample": 0, "text": f"text of {code}", "guess": code, "probability": 0.9}
+            for code in languages
+            for label in (NEURONS, control_label(0))
+        ]
+    )
+    settings = {"factor": "3*p_max", "seed": 0, "languages": list(languages), "n": n, "threshold": 0.5}
+    settings["neurons"] = dict.fromkeys(languages, 5)
+    reference = dict.fromkeys(languages, 3.2)
+    return ForcingScores(tidy(blocks), texts, reference, (), settings, PROVENANCE)
+
+
+def make_generations() -> Generations:
+    """Return two prompts, unsteered and under two conditions."""
+    said = {
+        "none": ("cat sat on the mat.", "rain is wet."),
+        "fr p_max": ("le chat est assis sur le tapis.", "la pluie mouille la rue."),
+        "th p_max": ("แมวนั่งบนเสื่อ", "ฝนเปียก"),
+    }
+    prompts = ("The", "Today the")
+    made = [
+        Generation(prompt, texts[number], (5, 6, 7), label, 0, "length", 2)
+        for number, prompt in enumerate(prompts)
+        for label, texts in said.items()
+    ]
+    return Generations(tuple(made))
+
+
+def make_top_texts() -> TopTexts:
+    """Return where a unit is strongest in five languages; it never fires in the last."""
+    said = {
+        "fr": ("Le chat est assis ", "sur", " le tapis et regarde la pluie"),
+        "th": ("แมวนั่ง", "บน", "เสื่อและมองดูฝน"),
+        "ta": ("பூனை ", "பாயில்", " உட்கார்ந்து மழையைப் பார்த்தது"),
+        "zh": ("猫坐在", "垫子", "上看着雨。"),
+        "en": ("The cat sat", "\n", "on the mat"),
+    }
+    rows = [
+        dict(language=code, rank=rank, value=2.5 - 0.4 * k - 0.1 * rank, before=before, token=token, after=after,
+             text=rank, position=4)
+        for k, (code, (before, token, after)) in enumerate(said.items())
+        for rank in range(3)
+        if code != "en"
+    ]  # fmt: skip
+    summary = pd.DataFrame(
+        [{"language": code, "n": 900, "positive": 0.3 / (k + 1), "mean": 0.1, "max": 2.5 - 0.4 * k} for k, code in enumerate(said)]
+    ).set_index("language")
+    return TopTexts(pd.DataFrame(rows), summary, 3, 17, "gate_act", "made up", PROVENANCE)
