@@ -1,0 +1,401 @@
+"""Reports: results of any kind as one HTML file that needs no network, reads on paper, and escapes all of its text."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from lens_neurons import __version__, figures
+from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.errors import DataError, StorageError
+from lens_neurons.evaluation.contexts import TopTexts
+from lens_neurons.evaluation.forcing import ForcingScores
+from lens_neurons.evaluation.lss import SteeringScores
+from lens_neurons.evaluation.perplexity import PerplexityMatrix
+from lens_neurons.figure_style import dark_colours
+from lens_neurons.generation import Generations
+from lens_neurons.languages import LANGUAGES
+from lens_neurons.methods import cite, list_methods
+from lens_neurons.neurons import NeuronSet
+from lens_neurons.storage import Provenance, load_json, load_tensors, write_atomic
+
+Part = (
+    ActivationStats
+    | NeuronSet
+    | SteeringScores
+    | PerplexityMatrix
+    | ForcingScores
+    | Generations
+    | TopTexts
+    | pd.DataFrame
+    | go.Figure
+    | str
+)
+Saved = ActivationStats | NeuronSet | SteeringScores | PerplexityMatrix | ForcingScores | TopTexts
+Block = dict[str, Any]
+
+_TEMPLATE = "report.html.jinja"
+_LANGUAGE_COLUMNS = frozenset({"language", "base", "target", "silenced", "tested", "other", "guess"})
+_ABSENT = "–"
+# What a page can hold and a reader can read.
+_MOST_ROWS = 200
+_MOST_PROMPTS = 60
+_CONTEXTS = 3
+_UNITS = 3
+
+_ABOUT: dict[type, str] = {
+    ActivationStats: (
+        "For every language, layer and neuron the tokens with an activation above 0 were counted; the activation "
+        "probability is their share of the counted tokens. Padding is never counted, nor are special tokens unless the "
+        "policy under Provenance says so."
+    ),
+    NeuronSet: (
+        "A neuron may belong to several languages. A language without neurons is kept, with 0. Overlap is measured "
+        "between the sets of two languages."
+    ),
+    SteeringScores: (
+        "Language Steering Shift: the share of facts, asked in a base language, for which steering the neurons of the "
+        "target language moves the log-probability of the answer in the target language up against that of the answer "
+        "in the base language. 0.5 is what a change without direction tends to. Means are unweighted over pairs of "
+        "languages; intervals resample facts jointly over all pairs. The control steers as many random neurons in "
+        "every layer, outside all languages' sets, each with its own value in the target language."
+    ),
+    PerplexityMatrix: (
+        "Change in the mean negative log-likelihood (NLL) per token when one language's neurons are changed. A set is "
+        "specific where its own language suffers more than any other: the interval of the difference, from paired "
+        "resamples of texts, lies above 0. Padding and the beginning-of-text token are never counted."
+    ),
+    ForcingScores: (
+        "Samples after the beginning-of-text token alone, under steering. A sample counts if fastText names the target "
+        "language with a probability above the threshold, its distinct-2 is at least half the unsteered median, and "
+        "its NLL under the unsteered model is at most 1.5 nats a token above that of real text; the raw columns are "
+        "fastText alone."
+    ),
+    Generations: "The model's continuation of each prompt, unsteered and steered. Nothing was selected or edited.",
+    TopTexts: "The tokens on which one unit's value is largest, with the text around them.",
+}
+
+
+def write_report(
+    parts: Sequence[Part | tuple[str, Part]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Language-specific neurons",
+    notes: str | Sequence[str] | None = None,
+) -> Path:
+    """Write one self-contained HTML file of results, and return its path.
+
+    Every part becomes a section with its figures, tables and method; provenance and references come last. The file
+    needs no network and sends nothing. Text, above all the model's, is escaped.
+
+    Args:
+        parts: Recordings, neuron sets, scores, generations, top texts, tables, figures and strings, in the order of the
+            report; (heading, part) names a section. A string is text of the section before it, blank lines part its
+            paragraphs; one that starts with "# Heading" opens a section.
+        path: The file.
+        title: Title of the page.
+        notes: Paragraphs before the first section.
+
+    Raises:
+        DataError: A part of a kind that has no section.
+    """
+    sections: list[dict[str, Any]] = []
+    if notes:
+        sections.append(_section("Notes", [_text(note) for note in ([notes] if isinstance(notes, str) else notes)]))
+    plain = [part[1] if isinstance(part, tuple) else part for part in parts]
+    recordings = [part for part in plain if isinstance(part, ActivationStats)]
+    for entry in parts:
+        heading, part = entry if isinstance(entry, tuple) else ("", entry)
+        if isinstance(part, str):
+            _add_prose(sections, heading, part)
+            continue
+        default, blocks = _blocks(part, recordings)
+        sections.append(_section(heading or default, blocks))
+    if references := cite(*_citable(plain)):
+        sections.append(_section("References", [{"kind": "code", "text": references}]))
+    if (origins := _provenance(plain)) is not None:
+        sections.append(_section("Provenance", [_table(origins, "Where the results come from")]))
+    for number, section in enumerate(sections):
+        section["anchor"] = f"section-{number + 1}"
+    loader = FileSystemLoader(Path(__file__).parent)
+    page = Environment(
+        autoescape=True, loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template(_TEMPLATE)
+    text = page.render(
+        title=title,
+        version=__version__,
+        sections=sections,
+        plotly_js=Markup(get_plotlyjs()),
+        dark=_script_json(json.dumps(dark_colours())),
+    )
+    # Half of a surrogate pair, which no file can hold, may come out of a tokenizer.
+    write_atomic(path, text.encode("utf-8", errors="replace"))
+    return Path(path)
+
+
+def load_part(path: str | os.PathLike[str]) -> Saved:
+    """Return what a file or folder holds that this package saved: a recording, a neuron set, scores or top texts.
+
+    Raises:
+        StorageError: It is absent, damaged, or of another kind.
+    """
+    source = Path(path)
+    if source.is_dir():
+        return ActivationStats.load(source)
+    if not source.is_file():
+        raise StorageError(f"{path} does not exist; give the path of something that was saved before.")
+    kind = _kind(source)
+    classes: dict[str, type[Saved]] = {
+        "activation_stats": ActivationStats,
+        "neuron_set": NeuronSet,
+        "steering_scores": SteeringScores,
+        "perplexity_matrix": PerplexityMatrix,
+        "forcing_scores": ForcingScores,
+        "top_texts": TopTexts,
+    }
+    if kind not in classes:
+        raise StorageError(f"{path} holds {kind!r}; expected one of {', '.join(classes)}.")
+    return classes[kind].load(path)
+
+
+def _kind(path: Path) -> str:
+    """Return the kind in a file's header, whatever the file's name."""
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    if start.startswith(b"PAR1"):
+        header: Any = json.loads((pq.read_schema(path).metadata or {}).get(b"lens_neurons", b"{}"))
+    elif start[8:9] == b"{" and not start.startswith(b"{"):
+        _, header = load_tensors(path)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            header = json.loads(lines.readline())
+    else:
+        header = load_json(path)
+    return str(header.get("kind", "")) if isinstance(header, dict) else ""
+
+
+def _section(heading: str, blocks: Sequence[Block]) -> dict[str, Any]:
+    return {"heading": heading, "blocks": list(blocks)}
+
+
+def _add_prose(sections: list[dict[str, Any]], heading: str, prose: str) -> None:
+    first, _, rest = prose.strip().partition("\n")
+    if first.startswith("# ") and not heading:
+        heading, prose = first.removeprefix("# "), rest
+    if heading or not sections:
+        sections.append(_section(heading or "Notes", []))
+    sections[-1]["blocks"] += [_text(" ".join(part.split())) for part in prose.split("\n\n") if part.strip()]
+
+
+def _citable(parts: Sequence[Part]) -> list[Any]:
+    names = {SteeringScores: "lss", PerplexityMatrix: "lape"}
+    return [names.get(type(part), part) for part in parts if isinstance(part, (NeuronSet, *names))]
+
+
+# Blocks: what the template knows how to draw.
+
+
+def _text(text: str, kind: str = "text") -> Block:
+    return {"kind": kind, "text": text}
+
+
+def _notes(notes: Sequence[str]) -> list[Block]:
+    return [_text(f"Note: {note}", "note") for note in notes]
+
+
+def _script_json(text: str) -> Markup:
+    """Return JSON that may stand inside a script element: nothing in it can end the element or open a comment."""
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _figure(fig: go.Figure, ours: bool = True) -> Block:
+    # A figure of one's own keeps its colours; ours are changed to those of the dark theme in the page.
+    text = fig.to_json(validate=False) or "{}"
+    height = int(fig.layout.height or 450)
+    return {"kind": "figure", "json": _script_json(text), "height": height, "ours": ours}
+
+
+def _table(frame: Any, caption: str = "", *, folded: bool = False) -> Block:
+    shown = frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
+    shown = shown.set_axis([_name(column) for column in shown.columns], axis=1)
+    head = shown.head(_MOST_ROWS)
+    columns = [
+        {"name": name.replace("_", " "), "numeric": head.dtypes.iloc[k].kind in "iuf"} for k, name in enumerate(shown)
+    ]
+    cells = [[_cell(value, name) for value in head.iloc[:, k]] for k, name in enumerate(shown.columns)]
+    return {
+        "kind": "table",
+        "caption": caption,
+        "columns": columns,
+        "rows": list(zip(*cells)),
+        "more": len(shown) - len(head),
+        "folded": folded,
+    }
+
+
+def _name(column: object) -> str:
+    return " ".join(str(part) for part in column) if isinstance(column, tuple) else str(column)
+
+
+def _cell(value: Any, column: str) -> str:
+    if value is None or value != value:
+        return _ABSENT
+    if isinstance(value, str):
+        known = column in _LANGUAGE_COLUMNS and value in LANGUAGES
+        return f"{value} {LANGUAGES[value].name}" if known else value
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if hasattr(value, "__float__"):
+        number = float(value)
+        if number.is_integer() and not (isinstance(value, float) and abs(number) < 1000):
+            return f"{number:,.0f}"
+        return (
+            f"{number:.3g}" if 0 < abs(number) < 0.001 else f"{number:,.3f}" if abs(number) < 1000 else f"{number:,.0f}"
+        )
+    return str(value)
+
+
+def _settings(values: Mapping[str, Any], caption: str) -> Block:
+    rows = [{"setting": name, "value": str(value)} for name, value in values.items()]
+    return _table(pd.DataFrame(rows, columns=["setting", "value"]), caption, folded=True)
+
+
+# Sections, by the type of the part.
+
+
+def _blocks(part: Any, recordings: Sequence[ActivationStats]) -> tuple[str, list[Block]]:
+    """Return a part's heading and blocks."""
+    if isinstance(part, NeuronSet):
+        heading, blocks = _neurons(part, recordings)
+    elif isinstance(part, pd.DataFrame):
+        return "Table", [_table(part)]
+    elif isinstance(part, go.Figure):
+        return "Figure", [_figure(part, ours=False)]
+    else:
+        makers: dict[type, Callable[[Any], tuple[str, list[Block]]]] = {
+            ActivationStats: _recording,
+            SteeringScores: _steering,
+            PerplexityMatrix: _perplexity,
+            ForcingScores: _forcing,
+            Generations: _generations,
+            TopTexts: _contexts,
+        }
+        if type(part) not in makers:
+            known = ", ".join(kind.__name__ for kind in (*makers, NeuronSet, pd.DataFrame, go.Figure, str))
+            raise DataError(f"a report has no section for a {type(part).__name__}; give one of {known}.")
+        heading, blocks = makers[type(part)](part)
+    return heading, [_text(_ABOUT[type(part)]), *blocks]
+
+
+def _recording(stats: ActivationStats) -> tuple[str, list[Block]]:
+    layers = sorted({0, stats.n_layers // 2, stats.n_layers - 1})
+    size = f"{stats.n_layers} layers of {stats.n_neurons:,} neurons, site {stats.site}"
+    blocks = [_table(stats.to_frame(), f"Recorded: {size}")]
+    return "Recording", [*blocks, *(_figure(figures.activation_probability(stats, layer)) for layer in layers)]
+
+
+def _neurons(neurons: NeuronSet, recordings: Sequence[ActivationStats]) -> tuple[str, list[Block]]:
+    method = dict(neurons.method)
+    name = str(method.pop("name", "unknown"))
+    known = list_methods()["reference"]
+    about = f"Method: {name}" + (f" ({known[name]})" if name in known.index else "")
+    blocks = [_text(f"{about}."), *_notes(neurons.notes)]
+    blocks += [_figure(figures.layer_distribution(neurons)), _table(neurons.summary(), "Neurons by language")]
+    blocks += [_figure(figures.overlap(neurons)), _settings(method, "Settings of the method")]
+    for stats in recordings:
+        same = (stats.site, (stats.n_layers, stats.n_neurons)) == (neurons.site, neurons.shape)
+        if same and len(neurons):
+            blocks.append(_figure(figures.neuron_examples(neurons, stats)))
+            break
+    units = neurons.to_frame()
+    best = units[units["rank"] < _UNITS].reset_index(drop=True)
+    return f"Language neurons: {name}", [
+        *blocks,
+        _table(best, f"The best {_UNITS} neurons of each language", folded=True),
+    ]
+
+
+def _steering(scores: SteeringScores) -> tuple[str, list[Block]]:
+    summary = scores.summary()
+    blocks = [*_notes(scores.notes), _table(summary, "Grand means by factor")]
+    if len(scores.factors) > 1:
+        blocks.insert(-1, _figure(figures.lss_factors(scores, summary=summary)))
+    for factor in scores.factors:
+        blocks.append(_figure(figures.lss(scores, factor, summary=summary)))
+    by_target = scores.by_target(scores.factors[0])
+    blocks.append(_table(by_target, f"By target language, factor {scores.factors[0]}", folded=True))
+    left_out = scores.dropped.drop(columns="base").groupby("target", sort=False).sum()
+    blocks.append(_table(left_out, "Facts scored and left out, summed over base languages", folded=True))
+    return "Language Steering Shift", [*blocks, _settings(scores.settings, "Settings")]
+
+
+def _perplexity(matrix: PerplexityMatrix) -> tuple[str, list[Block]]:
+    summary = matrix.summary()
+    blocks = [*_notes(matrix.notes), _figure(figures.perplexity(matrix, summary=summary))]
+    blocks.append(_table(summary, "Own change in NLL, nats a token, against the largest other"))
+    blocks.append(_table(matrix.baseline("perplexity").to_frame(), "Perplexity with nothing changed", folded=True))
+    return "Perplexity", [*blocks, _settings(matrix.settings, "Settings")]
+
+
+def _forcing(scores: ForcingScores) -> tuple[str, list[Block]]:
+    summary = scores.summary()
+    blocks = [*_notes(scores.notes), _figure(figures.forced_language(scores, summary=summary))]
+    blocks.append(_table(summary, "Share of samples in the language steered to"))
+    first = scores.texts[(scores.texts["condition"] == "neurons") & (scores.texts["sample"] == 0)]
+    columns = ["language", "guess", "probability", "text"]
+    blocks.append(_table(first[columns].reset_index(drop=True), "The first sample of each language", folded=True))
+    return "Language of unprompted text", [*blocks, _settings(scores.settings, "Settings")]
+
+
+def _generations(generations: Generations) -> tuple[str, list[Block]]:
+    groups: dict[tuple[str, int], list[Block]] = {}
+    for one in generations:
+        label = "unsteered" if one.condition == "none" else one.condition
+        groups.setdefault((one.prompt, one.sample), []).append({"label": label, "text": one.text})
+    blocks: list[Block] = [
+        {"kind": "sides", "prompt": prompt, "sides": sides}
+        for (prompt, _), sides in list(groups.items())[:_MOST_PROMPTS]
+    ]
+    if len(groups) > _MOST_PROMPTS:
+        blocks.append(_text(f"{len(groups) - _MOST_PROMPTS} more are not shown.", "note"))
+    return "Generations", blocks
+
+
+def _contexts(top: TopTexts) -> tuple[str, list[Block]]:
+    most = max(top.items["value"].abs().max(), 1e-9) if len(top.items) else 1.0
+    contexts: list[Block] = []
+    for code in top.languages:
+        for row in top.of(code).head(_CONTEXTS).to_dict(orient="records"):
+            weight = round(0.15 + 0.6 * max(float(row["value"]), 0.0) / most, 2)
+            label = f"{_cell(code, 'language')}, value {row['value']:.3g}"
+            contexts.append({**row, "label": label, "weight": weight})
+    blocks = [_figure(figures.top_texts(top)), _table(top.summary(), "The unit's value by language")]
+    return f"Unit L{top.layer}.N{top.index}", [*blocks, {"kind": "contexts", "contexts": contexts}]
+
+
+def _provenance(parts: Sequence[Part]) -> pd.DataFrame | None:
+    """Return fields of provenance (rows) by part (columns); parts of the same provenance share a column."""
+    columns: dict[str, dict[str, str]] = {}
+    for part in parts:
+        origin = getattr(part, "provenance", None)
+        if not isinstance(origin, Provenance):
+            continue
+        values = {name: str(value) for name, value in origin.to_dict().items()}
+        name = type(part).__name__
+        same = next((column for column, known in columns.items() if known == values), None)
+        if same is None:
+            columns[name if name not in columns else f"{name} {len(columns) + 1}"] = values
+        elif name not in same.split(", "):
+            columns = {f"{c}, {name}" if c == same else c: known for c, known in columns.items()}
+    if not columns:
+        return None
+    return pd.DataFrame(columns).rename_axis(index="field").replace({"": _ABSENT, "{}": _ABSENT})
