@@ -55,7 +55,7 @@ class Preset:
     """
 
     method: str
-    settings: Mapping[str, float]
+    settings: Mapping[str, Any]
     forcing: str
 
 

@@ -1,18 +1,20 @@
 """How figures look: themes, colours, language names, heat map cells, dots with intervals.
 
-Colours are Paul Tol's qualitative sets (https://sro.sron.nl/~pault/), safe for all kinds of colour blindness: "muted"
-on light paper, "light" on dark paper; beyond nine languages the same colours come back with a pattern. A language of
-the demo keeps its colour in every figure. Text from data is escaped, because plotly reads markup in labels.
+Colours are Paul Tol's (https://sro.sron.nl/~pault/): his set "muted" on light paper; on dark paper nine of his other
+sets, chosen and ordered so that they stay apart under every kind of colour blindness (a test computes it). Beyond nine
+languages the same colours come back with a pattern. A language of the demo keeps its colour in every figure. Text from
+data is escaped, because plotly reads markup in labels.
 """
 
 import html
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import plotly.graph_objects as go
 
 from lens_neurons.errors import SettingError
@@ -29,7 +31,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', Arial, 'Noto
 _PATTERNS = ("", "/", ".", "x", "+")
 # Languages beyond which labels are codes, and characters of a subtitle's line.
 _MOST_NAMES = 30
-_LINE = 112
+_LINE = 96
 
 
 def _scale(*colours: str) -> list[tuple[float, str]]:
@@ -88,7 +90,7 @@ _STYLES: dict[str, Style] = {
         ink="#1f2430",
         faint="#6b7280",
         grid="#e5e7eb",
-        accent="#332288",
+        accent="#2b4c9b",
         control="#8a6d00",
         palette=("#332288", "#ddcc77", "#44aa99", "#cc6677", "#88ccee", "#882255", "#999933", "#117733", "#aa4499"),
         sequential=_scale("#f7f8fb", "#c9d6ee", "#8fb1dd", "#4f83c2", "#275a9c", "#0b2f66"),
@@ -101,7 +103,7 @@ _STYLES: dict[str, Style] = {
         grid="#2b313c",
         accent="#77aadd",
         control="#eedd88",
-        palette=("#77aadd", "#eedd88", "#44bb99", "#ee8866", "#99ddff", "#ffaabb", "#aaaa00", "#bbcc33", "#dddddd"),
+        palette=("#99ddff", "#ccbb44", "#ee3377", "#d9d9d9", "#aa4499", "#228833", "#cc88bb", "#8877dd", "#ee8866"),
         sequential=_scale("#1b2029", "#20375c", "#2c5a94", "#4f86c6", "#8fb8e6", "#e3effc"),
         diverging=_scale("#c4852a", "#8f6122", "#523d21", "#20252e", "#1d4a46", "#21706a", "#2b988e"),
     ),
@@ -296,7 +298,7 @@ def dots(
     )
 
 
-def estimate(row: Mapping[str, float], name: str = "mean") -> str:
+def estimate(row: pd.Series, name: str = "mean") -> str:
     """Return a mean with its interval in brackets.
 
     Args:

@@ -133,7 +133,7 @@ def load_model(
     objection = hooked_objection(config) if _HookedTransformer is not None else "TransformerLens 4 no longer has it"
     if backend != "bridge" and objection is None:
         try:
-            model = _load_hooked(hf_model, saved, max(own or 0, n_ctx or 0), place)
+            model = _load_hooked(hf_model, saved, place)
             objection = _disagreement(model, origin, expected)
         except _CONVERSION_ERRORS as error:
             objection = f"its conversion failed ({_first_line(error)})"
@@ -144,7 +144,7 @@ def load_model(
         wrong = _disagreement(model, origin, expected)
         if wrong is not None:
             raise ModelError(f"TransformerBridge cannot take {name}: {wrong}; there is no other way to load it.")
-    # The config is what TransformerLens's own tokenisation truncates by; the bridge takes it from elsewhere.
+    # TransformerLens caps some families at 2,048 to save memory that it no longer takes, and truncates by this.
     model.cfg.n_ctx = n_ctx or own or model.cfg.n_ctx
     _announce(name, adapt(model).backend, objection if backend == "auto" else None)
     return model
@@ -344,15 +344,11 @@ def _hooked_config(folder: str, hf_config: Any, settings: dict[str, Any]) -> Any
     return type(made).from_dict(made.to_dict() | sizes)
 
 
-def _load_hooked(hf_model: Any, saved: PreTrainedTokenizerBase, n_ctx: int, device: torch.device) -> Model:
-    info = describe_tokenizer(saved, n_ctx, hf_model.config.vocab_size)
-    settings = {"dtype": hf_model.dtype, "device": str(device), "default_prepend_bos": info.prepends_bos}
-    trainable = [value for value in hf_model.parameters() if value.requires_grad]
+def _load_hooked(hf_model: Any, saved: PreTrainedTokenizerBase, device: torch.device) -> Model:
+    prepends = describe_tokenizer(saved, 0, hf_model.config.vocab_size).prepends_bos
+    settings = {"dtype": hf_model.dtype, "device": str(device), "default_prepend_bos": prepends}
     with _quiet(), _neutral_folder(hf_model) as folder:
         config = _hooked_config(folder, hf_model.config, settings)
-        # TransformerLens caps some families at 2,048 to save memory that it no longer takes.
-        if n_ctx and config.positional_embedding_type == "rotary":
-            config.n_ctx = n_ctx
         weights = _loading.get_pretrained_state_dict(folder, config, hf_model, dtype=hf_model.dtype)
         model = _HookedTransformer(config, _copy_for_transformer_lens(saved))
         model.load_and_process_state_dict(
@@ -363,9 +359,6 @@ def _load_hooked(hf_model: Any, saved: PreTrainedTokenizerBase, n_ctx: int, devi
             fold_value_biases=False,
             refactor_factored_attn_matrices=False,
         )
-    # The conversion froze the weights that it was given, which may be a user's.
-    for value in trainable:
-        value.requires_grad_(True)
     model.eval()
     _transpose_in_memory(model)
     return model

@@ -60,12 +60,11 @@ def describe_tokenizer(
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, prepends: bool) -> str:
-    """Return the sha256 of what decides a text's ids; padding and truncation are states of the object, not of it."""
+    """Return the sha256 of what decides a text's ids; who adds BOS, which TransformerLens changes, is left out."""
     calls: Any = tokenizer
     if getattr(calls, "is_fast", False):
         content = json.loads(calls.backend_tokenizer.to_str())
-        for name in ("padding", "truncation", "post_processor"):
-            content.pop(name, None)
+        content.pop("post_processor", None)
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": calls.get_vocab()}
     text = json.dumps([content, calls.bos_token_id, prepends], sort_keys=True, ensure_ascii=False)

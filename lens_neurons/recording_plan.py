@@ -198,7 +198,7 @@ def foresee(job: RecordingJob, *, saved: bool) -> RecordingPlan:
     total = _total(tokens)
     values = job.adapter.n_layers * job.adapter.width(job.site)
     size = torch.empty(0, dtype=job.adapter.dtype).element_size()
-    rows = job.texts_kept * values * 4
+    rows = [values * 4 * min(job.texts_kept, job.texts_kept if n is None else n) for n in texts.values()]
     batch = min(job.batch_tokens, total or job.batch_tokens)
     model = job.adapter
     per_token = 4 * model.d_mlp + 10 * model.d_model + 2 * model.heads * longest
@@ -206,7 +206,7 @@ def foresee(job: RecordingJob, *, saved: bool) -> RecordingPlan:
     known = [n for n in shards if n is not None]
     disk = None
     if saved and len(known) == len(shards):
-        disk = sum(known) * values * 32 + len(tokens) * (rows + 2 * values * 44)
+        disk = sum(known) * values * 32 + len(tokens) * 2 * values * 44 + sum(rows)
     return RecordingPlan(
         model=model.name,
         site=job.site,
@@ -215,7 +215,7 @@ def foresee(job: RecordingJob, *, saved: bool) -> RecordingPlan:
         tokens=tokens,
         tokens_per_second=rate,
         seconds=None if total is None else total / rate,
-        memory_bytes=batch * per_token * size + values * (64 + 44 * len(tokens)) + 2 * rows,
+        memory_bytes=batch * per_token * size + values * (64 + 44 * len(tokens)) + 2 * max(rows),
         disk_bytes=disk if saved else 0,
     )
 
@@ -230,9 +230,10 @@ def _sample(job: RecordingJob, language: str) -> list[list[Piece]]:
 
 def _time(job: RecordingJob, pieces: Sequence[Piece]) -> float:
     """Return tokens a second in the second of two passes over a few pieces."""
+    limit = min(_SAMPLE_TOKENS, job.batch_tokens)
     chosen: list[Piece] = []
     for piece in pieces:
-        if chosen and sum(len(entry.ids) for entry in chosen) + len(piece.ids) > _SAMPLE_TOKENS:
+        if chosen and sum(len(entry.ids) for entry in chosen) + len(piece.ids) > limit:
             break
         chosen.append(piece)
     if not chosen:

@@ -197,7 +197,7 @@ def _add_prose(sections: list[dict[str, Any]], heading: str, prose: str) -> None
 
 
 def _citable(parts: Sequence[Part]) -> list[Any]:
-    names = {SteeringScores: "lss", PerplexityMatrix: "lape"}
+    names: dict[type, str] = {SteeringScores: "lss", PerplexityMatrix: "lape"}
     return [names.get(type(part), part) for part in parts if isinstance(part, (NeuronSet, *names))]
 
 
@@ -226,46 +226,65 @@ def _figure(fig: go.Figure, ours: bool = True) -> Block:
 
 def _table(frame: Any, caption: str = "", *, folded: bool = False) -> Block:
     shown = frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
-    shown = shown.set_axis([_name(column) for column in shown.columns], axis=1)
-    head = shown.head(_MOST_ROWS)
-    columns = [
-        {"name": name.replace("_", " "), "numeric": head.dtypes.iloc[k].kind in "iuf"} for k, name in enumerate(shown)
-    ]
-    cells = [[_cell(value, name) for value in head.iloc[:, k]] for k, name in enumerate(shown.columns)]
+    names = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in shown.columns]
+    head = shown.head(_MOST_ROWS).set_axis(range(len(names)), axis=1)
+    columns: list[dict[str, Any]] = []
+    cells: list[list[str]] = []
+    for place, name in enumerate(names):
+        ends = ["low", "high"] if name == "mean" else [f"{name}_low", f"{name}_high"]
+        if name in {f"{other}_{end}" for other in names for end in ("low", "high")} or (
+            name in ("low", "high") and "mean" in names
+        ):
+            continue
+        column = _formatted(head[place], name)
+        if set(ends) <= set(names):
+            low, high = (_formatted(head[names.index(end)], name) for end in ends)
+            column = [m if m == _ABSENT else f"{m} [{a}, {b}]" for m, a, b in zip(column, low, high)]
+        columns.append({"name": name.replace("_", " "), "numeric": head[place].dtype.kind in "iuf"})
+        cells.append(column)
+    more = len(shown) - len(head)
     return {
         "kind": "table",
         "caption": caption,
         "columns": columns,
         "rows": list(zip(*cells)),
-        "more": len(shown) - len(head),
+        "more": more,
         "folded": folded,
     }
 
 
-def _name(column: object) -> str:
-    return " ".join(str(part) for part in column) if isinstance(column, tuple) else str(column)
+def _formatted(values: Any, name: str) -> list[str]:
+    """Return a column's values as text; those of one column have the same number of decimals."""
+    if values.dtype.kind in "iu":
+        return [f"{value:,}" for value in values]
+    if values.dtype.kind == "f":
+        there = values[np.isfinite(values)].abs()
+        # Layers and counts become floats where one of them is absent.
+        whole = bool((there % 1 == 0).all()) and bool((there > 1).any())
+        decimals = 0 if whole or (there >= 1000).any() else 3
+        return [f"{value:,.{decimals}f}" if value == value else _ABSENT for value in values]
+    return [_cell(value, name) for value in values]
 
 
-def _cell(value: Any, column: str) -> str:
+def _cell(value: Any, name: str) -> str:
     if value is None or value != value:
         return _ABSENT
-    if isinstance(value, str):
-        known = column in _LANGUAGE_COLUMNS and value in LANGUAGES
-        return f"{value} {LANGUAGES[value].name}" if known else value
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
-    if hasattr(value, "__float__"):
-        number = float(value)
-        if number.is_integer() and not (isinstance(value, float) and abs(number) < 1000):
-            return f"{number:,.0f}"
-        return (
-            f"{number:.3g}" if 0 < abs(number) < 0.001 else f"{number:,.3f}" if abs(number) < 1000 else f"{number:,.0f}"
-        )
-    return str(value)
+    if name in _LANGUAGE_COLUMNS and value in LANGUAGES:
+        return f"{value} {LANGUAGES[value].name}".replace(" ", "\u00a0")
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _words(value: Any) -> str:
+    """Return a plain JSON value as one reads it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_words(part)}" for name, part in value.items())
+    return ", ".join(map(_words, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _settings(values: Mapping[str, Any], caption: str) -> Block:
-    rows = [{"setting": name, "value": str(value)} for name, value in values.items()]
+    rows = [{"setting": name, "value": _words(value)} for name, value in values.items()]
     return _table(pd.DataFrame(rows, columns=["setting", "value"]), caption, folded=True)
 
 
@@ -331,8 +350,6 @@ def _steering(scores: SteeringScores) -> tuple[str, list[Block]]:
         blocks.insert(-1, _figure(figures.lss_factors(scores, summary=summary)))
     for factor in scores.factors:
         blocks.append(_figure(figures.lss(scores, factor, summary=summary)))
-    by_target = scores.by_target(scores.factors[0])
-    blocks.append(_table(by_target, f"By target language, factor {scores.factors[0]}", folded=True))
     left_out = scores.dropped.drop(columns="base").groupby("target", sort=False).sum()
     blocks.append(_table(left_out, "Facts scored and left out, summed over base languages", folded=True))
     return "Language Steering Shift", [*blocks, _settings(scores.settings, "Settings")]
@@ -342,7 +359,8 @@ def _perplexity(matrix: PerplexityMatrix) -> tuple[str, list[Block]]:
     summary = matrix.summary()
     blocks = [*_notes(matrix.notes), _figure(figures.perplexity(matrix, summary=summary))]
     blocks.append(_table(summary, "Own change in NLL, nats a token, against the largest other"))
-    blocks.append(_table(matrix.baseline("perplexity").to_frame(), "Perplexity with nothing changed", folded=True))
+    baseline = matrix.baseline("perplexity").rename_axis(index="language").to_frame()
+    blocks.append(_table(baseline, "Perplexity with nothing changed", folded=True))
     return "Perplexity", [*blocks, _settings(matrix.settings, "Settings")]
 
 
@@ -350,9 +368,9 @@ def _forcing(scores: ForcingScores) -> tuple[str, list[Block]]:
     summary = scores.summary()
     blocks = [*_notes(scores.notes), _figure(figures.forced_language(scores, summary=summary))]
     blocks.append(_table(summary, "Share of samples in the language steered to"))
-    first = scores.texts[(scores.texts["condition"] == "neurons") & (scores.texts["sample"] == 0)]
-    columns = ["language", "guess", "probability", "text"]
-    blocks.append(_table(first[columns].reset_index(drop=True), "The first sample of each language", folded=True))
+    first: Any = scores.texts[(scores.texts["condition"] == "neurons") & (scores.texts["sample"] == 0)]
+    shown = first[["language", "guess", "probability", "text"]].reset_index(drop=True)
+    blocks.append(_table(shown, "The first sample of each language", folded=True))
     return "Language of unprompted text", [*blocks, _settings(scores.settings, "Settings")]
 
 
@@ -389,7 +407,7 @@ def _provenance(parts: Sequence[Part]) -> pd.DataFrame | None:
         origin = getattr(part, "provenance", None)
         if not isinstance(origin, Provenance):
             continue
-        values = {name: str(value) for name, value in origin.to_dict().items()}
+        values = {name: _words(value) for name, value in origin.to_dict().items()}
         name = type(part).__name__
         same = next((column for column, known in columns.items() if known == values), None)
         if same is None:
@@ -398,4 +416,4 @@ def _provenance(parts: Sequence[Part]) -> pd.DataFrame | None:
             columns = {f"{c}, {name}" if c == same else c: known for c, known in columns.items()}
     if not columns:
         return None
-    return pd.DataFrame(columns).rename_axis(index="field").replace({"": _ABSENT, "{}": _ABSENT})
+    return pd.DataFrame(columns).rename_axis(index="field").replace("", _ABSENT)

@@ -1,6 +1,7 @@
 """Small results of every kind, made up but of the real classes: for tests of figures and reports, and to look at."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ PROVENANCE = Provenance(
 N_TEXTS = 12
 
 
+@cache
 def make_neurons(languages: Sequence[str] = DEMO_LANGUAGES, empty: Sequence[str] = ("it", "sw")) -> NeuronSet:
     """Return a set of up to 60 neurons a language in 6 layers, most of them late; related languages share some."""
     draw = np.random.default_rng(0)
@@ -65,6 +67,7 @@ def make_stats(neurons: NeuronSet) -> ActivationStats:
     return ActivationStats.from_counts(dict.fromkeys(positive, 1000), positive, provenance=PROVENANCE)
 
 
+@cache
 def make_lss(
     languages: Sequence[str] = DEMO_LANGUAGES, factors: Sequence[str] = ("p_max", "p_median", "=0"), n_facts: int = 20
 ) -> SteeringScores:
@@ -84,7 +87,10 @@ def make_lss(
                 for label, mean in labels.items():
                     hits = (draw.random(n_facts) < mean).astype(np.float64)
                     mine = {**shared, "condition": label, "factor": factor}
-                    blocks += [{**mine, "metric": "lss", "value": hits}, {**mine, "metric": "margin", "value": hits - 0.5}]
+                    blocks += [
+                        {**mine, "metric": "lss", "value": hits},
+                        {**mine, "metric": "margin", "value": hits - 0.5},
+                    ]
     settings = {
         "variant": "corrected",
         "factors": list(factors),
@@ -100,6 +106,7 @@ def make_lss(
     return SteeringScores(tidy(blocks), dropped, ("a note on the scores",), settings, PROVENANCE)
 
 
+@cache
 def make_perplexity(languages: Sequence[str] = DEMO_LANGUAGES) -> PerplexityMatrix:
     """Return a matrix in which silencing costs every language itself 0.8 nats a token, and the others about 0.05."""
     draw = np.random.default_rng(3)
@@ -119,6 +126,7 @@ def make_perplexity(languages: Sequence[str] = DEMO_LANGUAGES) -> PerplexityMatr
     return PerplexityMatrix(tidy(blocks), (), {**settings, "neurons": dict.fromkeys(names, 5)}, PROVENANCE)
 
 
+@cache
 def make_forcing(languages: Sequence[str] = DEMO_LANGUAGES, n: int = 20) -> ForcingScores:
     """Return scores of steering that reaches most languages, random neurons that reach few."""
     draw = np.random.default_rng(4)
@@ -134,7 +142,14 @@ def make_forcing(languages: Sequence[str] = DEMO_LANGUAGES, n: int = 20) -> Forc
             blocks += [{**shared, "metric": name, "value": part} for name, part in values.items()]
     texts = pd.DataFrame(
         [
-            {"condition": label, "language": code, "sample": 0, "text": f"text of {code}", "guess": code, "probability": 0.9}
+            {
+                "condition": label,
+                "language": code,
+                "sample": 0,
+                "text": f"text of {code}",
+                "guess": code,
+                "probability": 0.9,
+            }
             for code in languages
             for label in (NEURONS, control_label(0))
         ]
@@ -171,13 +186,24 @@ def make_top_texts() -> TopTexts:
         "en": ("The cat sat", "\n", "on the mat"),
     }
     rows = [
-        dict(language=code, rank=rank, value=2.5 - 0.4 * k - 0.1 * rank, before=before, token=token, after=after,
-             text=rank, position=4)
+        {
+            "language": code,
+            "rank": rank,
+            "value": 2.5 - 0.4 * k - 0.1 * rank,
+            "before": before,
+            "token": token,
+            "after": after,
+            "text": rank,
+            "position": 4,
+        }
         for k, (code, (before, token, after)) in enumerate(said.items())
         for rank in range(3)
         if code != "en"
-    ]  # fmt: skip
+    ]
     summary = pd.DataFrame(
-        [{"language": code, "n": 900, "positive": 0.3 / (k + 1), "mean": 0.1, "max": 2.5 - 0.4 * k} for k, code in enumerate(said)]
+        [
+            {"language": code, "n": 900, "positive": 0.3 / (k + 1), "mean": 0.1, "max": 2.5 - 0.4 * k}
+            for k, code in enumerate(said)
+        ]
     ).set_index("language")
     return TopTexts(pd.DataFrame(rows), summary, 3, 17, "gate_act", "made up", PROVENANCE)

@@ -17,7 +17,7 @@ import models as tiny_models
 import pytest
 import torch
 import transformers
-from models import ARCHITECTURES, N_CTX, build_model, build_tokenizer, save_folder, tiny
+from models import ARCHITECTURES, GATED, N_CTX, build_model, build_tokenizer, save_folder, tiny
 from oracle import ROWS, close, log_probs, padded, sentence
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -102,20 +102,24 @@ def test_saved_dtype_is_kept_off_the_cpu_and_float32_on_it(tmp_path: Path):
 
 
 @hooked_only
-def test_weights_in_memory_order_change_no_bit():
-    """The transposed layout against the same model in TransformerLens's own."""
-    for arch in ("bloom", "gemma2", "llama"):
-        model = load_model(tiny(arch).folder, backend="hooked")
-        stock = copy.deepcopy(model)
-        for value in stock.parameters():
-            value.data = value.data.contiguous()
-        tokens = torch.tensor([ROWS[0]])
-        with torch.no_grad():
-            assert torch.equal(model(tokens), stock(tokens))
-        assert model.unembed.W_U.T.is_contiguous()
-        assert model.unembed.W_U.shape == stock.unembed.W_U.shape
-    assert model.blocks[0].mlp.W_out.T.is_contiguous()
-    assert not stock.blocks[0].mlp.W_out.T.is_contiguous()
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "bloom", "opt"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_memory_order_change_no_bit(arch: str, dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """The transposed layout against TransformerLens's own."""
+    model = load_model(tiny(arch).folder, backend="hooked", dtype=dtype)
+    monkeypatch.setattr("lens_neurons.model._transpose_in_memory", lambda model: None)
+    stock = load_model(tiny(arch).folder, backend="hooked", dtype=dtype)
+    for (name, mine), theirs in zip(model.named_parameters(), stock.parameters(), strict=True):
+        # BLOOM has no learned positions; TransformerLens fills them with whatever is in memory.
+        assert mine.shape == theirs.shape
+        assert "W_pos" in name or torch.equal(mine, theirs)
+    tokens = torch.tensor([ROWS[0]])
+    with torch.no_grad():
+        assert torch.equal(model(tokens), stock(tokens))
+    assert model.unembed.W_U.T.is_contiguous()
+    assert not stock.unembed.W_U.T.is_contiguous()
+    if arch in GATED:
+        assert model.blocks[0].mlp.W_out.T.is_contiguous()
 
 
 @pytest.mark.parametrize("name", ["x-llama", "gemma-y", "Llama-2-70b-t5", "google-gemma-2-2b-it"])
@@ -267,13 +271,15 @@ def test_wrong_calls_are_sentences(tmp_path: Path):
 
 @pytest.mark.bridge
 @pytest.mark.filterwarnings("error")
-def test_loading_prints_nothing_and_installs_no_log_handler():
-    before = list(logging.getLogger().handlers)
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_loading_prints_nothing_and_installs_no_log_handler(arch: str, monkeypatch: pytest.MonkeyPatch):
+    # As in a plain script: `logging.info`, which TransformerLens calls, would give the root logger a handler.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     out = io.StringIO()
     with redirect_stdout(out):
-        load_model(tiny("bloom").folder)
+        load_model(tiny(arch).folder)
     assert out.getvalue() == ""
-    assert logging.getLogger().handlers == before
+    assert logging.getLogger().handlers == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -284,7 +290,11 @@ def test_n_ctx(backend: str, tmp_path: Path):
     assert adapt(model).n_ctx == model.cfg.n_ctx == adapt(model).tokens.n_ctx == 12
     assert adapt(load_model(made.folder, backend=backend, n_ctx=4 * N_CTX)).n_ctx == 4 * N_CTX
     mistral = save_folder(tmp_path / "long", "mistral", max_position_embeddings=5000)
-    assert adapt(load_model(mistral.folder, backend=backend)).n_ctx == 5000
+    adapter = adapt(load_model(mistral.folder, backend=backend))
+    assert adapter.n_ctx == 5000
+    long = (torch.arange(2100) * 7 % 384).tolist()
+    found = adapter.logits_at(*padded([long], "right"), torch.tensor([0]), torch.tensor([2099])).log_softmax(-1)
+    assert close(found[0], log_probs(mistral.hf_model, long)[-1], 1e-4)
 
 
 # Tokenizers.
@@ -318,6 +328,8 @@ def test_tokenizers_with_and_without_bos_and_pad(
     assert info.n_ctx == N_CTX
     # What TransformerLens makes of a text by itself is the same policy.
     assert model.to_tokens("a b")[0].tolist() == before[0]
+    assert model.tokenizer("a b")["input_ids"] == before[0]
+    assert model.tokenizer is not made.tokenizer
 
 
 @pytest.mark.bridge
@@ -329,6 +341,8 @@ def test_tokenizer_fingerprint(tmp_path: Path):
     assert describe_tokenizer(again, 99, 384).fingerprint == mine
     assert describe_tokenizer(build_tokenizer(add_bos=True), 10, 384).fingerprint != mine
     assert describe_tokenizer(build_tokenizer(bos=False), 10, 384).fingerprint != mine
+    # Who adds BOS is not part of it, whether it is added is.
+    assert describe_tokenizer(build_tokenizer(add_bos=True), 10, 384, prepends_bos=False).fingerprint == mine
 
 
 @pytest.mark.bridge
@@ -348,8 +362,10 @@ def test_pad_id_is_always_in_the_vocabulary():
 def test_a_users_own_hooked_transformer(tmp_path: Path, add_bos: bool):
     made = save_folder(tmp_path / "m", "llama", add_bos=add_bos)
     ours = load_model(made.folder, backend="hooked")
+    config = copy.deepcopy(ours.cfg)
+    config.default_prepend_bos = not add_bos
     with redirect_stdout(io.StringIO()):
-        theirs = HookedTransformer(copy.deepcopy(ours.cfg), transformers.AutoTokenizer.from_pretrained(made.folder))
+        theirs = HookedTransformer(config, transformers.AutoTokenizer.from_pretrained(made.folder))
     theirs.load_state_dict(ours.state_dict())
     # TransformerLens replaced the tokenizer by one that adds BOS; the saved one says what the model's habit is.
     assert theirs.tokenizer("a")["input_ids"][0] == theirs.tokenizer.bos_token_id
@@ -362,6 +378,20 @@ def test_a_users_own_hooked_transformer(tmp_path: Path, add_bos: bool):
     rows = torch.arange(3)
     at = torch.full_like(rows, tokens.shape[1] - 1)
     assert torch.allclose(other.logits_at(tokens, mask, rows, at), mine.logits_at(tokens, mask, rows, at), atol=1e-5)
+
+
+@hooked_only
+@pytest.mark.filterwarnings("ignore:HookedTransformer:DeprecationWarning")
+def test_a_users_model_whose_saved_tokenizer_is_gone(tmp_path: Path):
+    made = save_folder(tmp_path / "m", "llama")
+    config = copy.deepcopy(load_model(made.folder, backend="hooked").cfg)
+    for prepends in (True, False):
+        config.default_prepend_bos = prepends
+        tokenizer = transformers.AutoTokenizer.from_pretrained(made.folder)
+        with redirect_stdout(io.StringIO()):
+            model = HookedTransformer(copy.deepcopy(config), tokenizer)
+        model.tokenizer.name_or_path = str(tmp_path / "gone")
+        assert adapt(model).tokens.prepends_bos == prepends
 
 
 @hooked_only

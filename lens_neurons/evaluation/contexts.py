@@ -35,7 +35,7 @@ _NEIGHBOURS = 3
 _TEXTS_AT_ONCE = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopTexts:
     """The tokens on which one unit is strongest, by language.
 

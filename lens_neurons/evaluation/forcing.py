@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from lens_neurons.evaluation.controls import Treatment, chosen_languages, treatm
 from lens_neurons.evaluation.intervals import CONFIDENCE, RESAMPLES, Floats, percentiles, resample_counts
 from lens_neurons.evaluation.lid import LanguageGuess, identify_language
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, answer_logprobs
-from lens_neurons.evaluation.tables import NEURONS, NONE, chosen, control_draws, load_table, save_table, tidy
+from lens_neurons.evaluation.tables import NEURONS, NONE, control_draws, grouped, load_table, save_table, tidy
 from lens_neurons.generation import Generation, generate
 from lens_neurons.interventions import Condition
 from lens_neurons.model import Adapter, Model, adapt
@@ -63,7 +64,7 @@ def repetition(text: str, n: int = 4) -> float:
     return 1.0 - distinct_share(text, n) if len(split_words(text)) >= n else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ForcingScores:
     """How often steering makes unprompted text a language's, with random neurons and no steering beside it.
 
@@ -99,8 +100,12 @@ class ForcingScores:
 
     def values(self, metric: str, language: str, condition: str = NEURONS) -> Floats:
         """Return one metric's values of a language's samples, in order."""
-        rows = chosen(self.items, condition=condition, target=language, metric=metric)
-        return rows.sort_values("item")["value"].to_numpy()
+        return self._values.get((condition, language, metric), np.empty(0))
+
+    @cached_property
+    def _values(self) -> dict[tuple[str, ...], Floats]:
+        groups = grouped(self.items, ["condition", "target", "metric"])
+        return {key: rows["value"].to_numpy() for key, rows in groups}
 
     def _resampled(self, metric: str, language: str, n_resamples: int) -> tuple[Floats, Floats]:
         """Return the resampled mean of the neurons and of the random draws (samples and draws resampled)."""
@@ -124,7 +129,7 @@ class ForcingScores:
         values = values[~np.isnan(values)]
         return float(values.mean()) if values.size else float("nan")
 
-    def summary(self, *, n_resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> pd.DataFrame:
+    def summary(self, *, n_resamples: int = RESAMPLES, confidence: int | float = CONFIDENCE) -> pd.DataFrame:
         """Return one row a language: share of samples that count, the interval, the random control, the baseline.
 
         Columns: `neurons`, `n` samples, `mean` share that counts with `low` and `high`, `control` (random draws) with
@@ -160,7 +165,7 @@ class ForcingScores:
         languages: Sequence[str] | None = None,
         *,
         n_resamples: int = RESAMPLES,
-        confidence: float = CONFIDENCE,
+        confidence: int | float = CONFIDENCE,
     ) -> pd.Series:
         """Return the means over languages, unweighted, with intervals; entries are named as in `summary`.
 
@@ -262,8 +267,8 @@ def forced_share(
     n: int = 20,
     baseline_samples: int = 100,
     max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    threshold: float = 0.5,
+    temperature: int | float = 0.8,
+    threshold: int | float = 0.5,
     reference: Corpus | None = None,
     lid_model: str | os.PathLike[str] | None = None,
     random_draws: int = RANDOM_DRAWS,

@@ -63,7 +63,7 @@ def resample_counts(n_items: int, n_resamples: int, seed: int, *names: str | int
     return np.bincount((pick + offsets).ravel(), minlength=n_resamples * n_items).reshape(n_resamples, n_items)
 
 
-def percentiles(statistics: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def percentiles(statistics: Floats, confidence: int | float = CONFIDENCE) -> tuple[float, float]:
     """Return the ends of the percentile interval of a statistic's resampled values; NaN values are left out.
 
     Raises:
@@ -79,10 +79,10 @@ def percentiles(statistics: Floats, confidence: float = CONFIDENCE) -> tuple[flo
 
 
 def bootstrap_mean(
-    values: Sequence[float] | Floats,
+    values: Sequence[float | int] | Floats,
     n_resamples: int = RESAMPLES,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
+    confidence: int | float = CONFIDENCE,
 ) -> Interval:
     """Return the mean of some items and its percentile bootstrap interval.
 
@@ -109,11 +109,11 @@ def bootstrap_mean(
 
 
 def bootstrap_difference(
-    values: Sequence[float] | Floats,
-    others: Sequence[float] | Floats,
+    values: Sequence[float | int] | Floats,
+    others: Sequence[float | int] | Floats,
     n_resamples: int = RESAMPLES,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
+    confidence: int | float = CONFIDENCE,
 ) -> Interval:
     """Return the mean of `values - others` over paired items, and its interval: both are resampled together.
 
@@ -159,7 +159,7 @@ def bootstrap_cells(
     values: Floats,
     n_resamples: int = RESAMPLES,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
+    confidence: int | float = CONFIDENCE,
 ) -> Interval:
     """Return the unweighted mean over cells of the cells' means, with items resampled jointly over all cells.
 

@@ -113,7 +113,7 @@ def identify_language(
 def language_share(
     texts: Sequence[str],
     language: str,
-    threshold: float = 0.5,
+    threshold: int | float = 0.5,
     model: str | os.PathLike[str] | None = None,
 ) -> float:
     """Return the share of texts that fastText names as one language with a probability above a threshold.

@@ -10,6 +10,7 @@ language t, with S(y | x) the summed log-probability of continuation y,
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,16 @@ from lens_neurons.evaluation.intervals import (
 )
 from lens_neurons.evaluation.questions import Asker, Cell, Variant
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, Bos, ScoreRow, progress_bar, score_rows
-from lens_neurons.evaluation.tables import NEURONS, chosen, control_draws, load_table, save_table, strings, tidy
+from lens_neurons.evaluation.tables import (
+    NEURONS,
+    chosen,
+    control_draws,
+    grouped,
+    load_table,
+    save_table,
+    strings,
+    tidy,
+)
 from lens_neurons.facts import Facts, MidTemplate
 from lens_neurons.interventions import Condition
 from lens_neurons.languages import canonical
@@ -46,7 +56,7 @@ KIND = "steering_scores"
 RANDOM_DRAWS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeringScores:
     """Language Steering Shift of every fact, base language, target language and factor, with its random control.
 
@@ -92,19 +102,24 @@ class SteeringScores:
     def _draws(self, factor: str) -> list[str]:
         return control_draws(chosen(self.items, factor=factor))
 
-    def _cells(self, factor: str, condition: str, metric: str) -> Floats:
-        """Return values [cell, item] of all base and target pairs; NaN where a pair does not have the fact."""
-        rows = chosen(self.items, factor=factor, condition=condition, metric=metric)
+    @cached_property
+    def _values(self) -> dict[tuple[str, ...], Floats]:
+        """Values [cell, item] of all base and target pairs; NaN where a pair does not have the fact."""
         number = np.full((len(self.bases), len(self.languages)), -1)
         for i, (base, target) in enumerate(self._pairs()):
             number[self.bases.index(base), self.languages.index(target)] = i
-        base_at = pd.Index(self.bases).get_indexer(strings(rows, "base"))
-        target_at = pd.Index(self.languages).get_indexer(strings(rows, "target"))
         ids = np.unique(self.items["item"].to_numpy())
-        values = np.full((len(self._pairs()), len(ids)), np.nan)
-        item_at = np.searchsorted(ids, rows["item"].to_numpy())
-        values[number[base_at, target_at], item_at] = rows["value"].to_numpy()
-        return values
+        found: dict[tuple[str, ...], Floats] = {}
+        for key, rows in grouped(self.items, ["factor", "condition", "metric"]):
+            base_at = pd.Index(self.bases).get_indexer(strings(rows, "base"))
+            target_at = pd.Index(self.languages).get_indexer(strings(rows, "target"))
+            values = np.full((len(self._pairs()), len(ids)), np.nan)
+            values[number[base_at, target_at], np.searchsorted(ids, rows["item"].to_numpy())] = rows["value"].to_numpy()
+            found[key] = values
+        return found
+
+    def _cells(self, factor: str, condition: str, metric: str) -> Floats:
+        return self._values[factor, condition, metric]
 
     def _pairs(self) -> list[tuple[str, str]]:
         return [(base, target) for base in self.bases for target in self.languages if base != target]
@@ -135,7 +150,7 @@ class SteeringScores:
         return self._as_matrix(means.mean(axis=0))
 
     def by_target(
-        self, factor: str | None = None, *, n_resamples: int = RESAMPLES, confidence: float = CONFIDENCE
+        self, factor: str | None = None, *, n_resamples: int = RESAMPLES, confidence: int | float = CONFIDENCE
     ) -> pd.DataFrame:
         """Return one row a target language: column means over bases, with intervals; columns as in `summary`."""
         name = self._factor(factor)
@@ -144,7 +159,7 @@ class SteeringScores:
         frame.insert(0, "neurons", [self.settings["neurons"].get(code, 0) for code in groups])
         return frame.set_axis(list(groups)).rename_axis(index="target")
 
-    def summary(self, *, n_resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> pd.DataFrame:
+    def summary(self, *, n_resamples: int = RESAMPLES, confidence: int | float = CONFIDENCE) -> pd.DataFrame:
         """Return one row a factor: its grand mean over base and target pairs, the interval, the random control.
 
         Columns: `n` facts, `cells`, `mean` LSS, unweighted over cells, with `low` and `high` (facts are resampled
@@ -155,7 +170,7 @@ class SteeringScores:
         rows = [self._row(name, range(len(self._pairs())), n_resamples, confidence) for name in self.factors]
         return pd.DataFrame(rows).set_axis(list(self.factors)).rename_axis(index="factor")
 
-    def _row(self, factor: str, cells: Sequence[int], n_resamples: int, confidence: float) -> dict[str, float]:
+    def _row(self, factor: str, cells: Sequence[int], n_resamples: int, confidence: float) -> dict[str, Any]:
         chosen_cells = list(cells)
         hits = self._cells(factor, NEURONS, "lss")[chosen_cells]
         margins = self._cells(factor, NEURONS, "margin")[chosen_cells]

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation.controls import SILENCE, Treatment, chosen_languages, treatments
 from lens_neurons.evaluation.intervals import CONFIDENCE, RESAMPLES, Floats, percentiles, resample_counts
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, Bos, ScoreRow, progress_bar, score_rows
-from lens_neurons.evaluation.tables import NEURONS, NONE, chosen, control_draws, load_table, save_table, tidy
+from lens_neurons.evaluation.tables import NEURONS, NONE, control_draws, grouped, load_table, save_table, tidy
 from lens_neurons.interventions import Condition
 from lens_neurons.model import Adapter, Model, adapt
 from lens_neurons.neurons import NeuronSet
@@ -34,7 +35,7 @@ RANDOM_DRAWS = 5
 _METRICS = ("nll", "perplexity")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PerplexityMatrix:
     """Negative log-likelihood of every text when one language's neurons are silenced, with its random control.
 
@@ -68,17 +69,18 @@ class PerplexityMatrix:
         """The condition labels of the random draws."""
         return tuple(control_draws(self.items))
 
+    @cached_property
+    def _values(self) -> dict[tuple[str, ...], Floats]:
+        """Values in order of the texts, by condition, language silenced, language tested and metric."""
+        groups = grouped(self.items, ["condition", "language", "target", "metric"])
+        return {key: rows["value"].to_numpy() for key, rows in groups}
+
     def _tokens(self) -> dict[str, Floats]:
-        rows = chosen(self.items, condition=NONE, metric="tokens")
-        return {code: chosen(rows, target=code).sort_values("item")["value"].to_numpy() for code in self.tested}
+        return {code: self._values[NONE, "", code, "tokens"] for code in self.tested}
 
     def _sums(self, condition: str, language: str, tokens: Mapping[str, Floats]) -> dict[str, Floats]:
         """Return each text's summed negative log-likelihood, by language tested."""
-        rows = chosen(self.items, condition=condition, language=language, metric="nll")
-        return {
-            code: chosen(rows, target=code).sort_values("item")["value"].to_numpy() * tokens[code]
-            for code in self.tested
-        }
+        return {code: self._values[condition, language, code, "nll"] * tokens[code] for code in self.tested}
 
     def _check(self, condition: str, metric: str = "nll") -> None:
         if condition not in (NEURONS, *self.draws):
@@ -126,7 +128,7 @@ class PerplexityMatrix:
         *,
         condition: str = NEURONS,
         n_resamples: int = RESAMPLES,
-        confidence: float = CONFIDENCE,
+        confidence: int | float = CONFIDENCE,
     ) -> pd.DataFrame:
         """Return how much more silencing a language costs itself than the language it costs most besides.
 
@@ -186,7 +188,7 @@ class PerplexityMatrix:
             for code, values in tokens.items()
         }
 
-    def summary(self, *, n_resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> pd.DataFrame:
+    def summary(self, *, n_resamples: int = RESAMPLES, confidence: int | float = CONFIDENCE) -> pd.DataFrame:
         """Return one row a silenced language: its own change in NLL per token, and the random control's.
 
         Columns: `neurons`, `n` texts, `mean` own change with `low` and `high`, `control` (own change, mean over the

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,14 +49,14 @@ class _Job:
 
     Attributes:
         rows: Indices of the rows.
-        prefixes: Rows whose first `shared` tokens are run first, once; empty where nothing is shared.
-        prefix_of: For each row, the position of its prefix in `prefixes`.
-        shared: Number of tokens of each prefix.
+        prompts: Rows whose prompt is run first, once for all that share it; empty where nothing is shared.
+        prompt_of: For each row, the position of its prompt in `prompts`.
+        shared: Number of tokens of each prompt, 0 where nothing is shared.
     """
 
     rows: list[int]
-    prefixes: list[int]
-    prefix_of: list[int]
+    prompts: list[int]
+    prompt_of: list[int]
     shared: int
 
 
@@ -131,8 +131,7 @@ def score_rows(
     scorer = _Scorer(adapter, hooks, pairs, conditions, rows)
     with torch.inference_mode(), hooks.active():
         for job in scorer.jobs(batch_tokens):
-            for index, value in scorer.run(job, batch_tokens):
-                values[index] = value
+            values[job.rows] = scorer.run(job, batch_tokens)
             if bar is not None:
                 bar.update(len(job.rows))
     return values
@@ -167,55 +166,59 @@ class _Scorer:
         self._whole = [condition.needs_row_statistics for condition in conditions]
 
     def jobs(self, batch_tokens: int) -> Iterator[_Job]:
-        """Yield the batches: those that share prefixes by prefix length, then the others by length."""
+        """Yield the batches: those that share prompts by length of the prompt, then the others by length."""
         families: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         alone: list[int] = []
         for index, row in enumerate(self._rows):
             pair = self._pairs[row.pair]
-            # The prompt's last token is not shared: its output predicts the first token of the continuation.
-            shared = pair.ids[: pair.answer_start - 1]
-            if shared and not self._whole[row.condition]:
-                families.setdefault((row.condition, shared), []).append(index)
-            else:
+            if self._whole[row.condition]:
                 alone.append(index)
+            else:
+                families.setdefault((row.condition, pair.ids[: pair.answer_start]), []).append(index)
         by_length: dict[int, list[list[int]]] = {}
-        for (_, shared), members in families.items():
+        for (_, prompt), members in families.items():
             if len(members) > 1:
-                by_length.setdefault(len(shared), []).append(members)
+                by_length.setdefault(len(prompt), []).append(members)
             else:
                 alone.extend(members)
-        # Prefixes of one length need no padding, so a cache has none either.
+        # Prompts of one length need no padding, so a cache has none either.
         for length, groups in sorted(by_length.items(), reverse=True):
-            at_once = max(1, batch_tokens // length)
+            at_once = max(1, min(batch_tokens // length, self._logits_at_once()))
             for start in range(0, len(groups), at_once):
                 batch = groups[start : start + at_once]
                 rows = [index for members in batch for index in members]
-                prefix_of = [number for number, members in enumerate(batch) for _ in members]
-                yield _Job(rows, [members[0] for members in batch], prefix_of, length)
+                prompt_of = [number for number, members in enumerate(batch) for _ in members]
+                yield _Job(rows, [members[0] for members in batch], prompt_of, length)
         lengths = [len(self._inputs(index, 0)) for index in alone]
         for group in group_by_length(lengths, batch_tokens):
             yield _Job([alone[i] for i in group], [], [], 0)
 
+    def _logits_at_once(self) -> int:
+        return max(1, _LOGITS_AT_ONCE // self._adapter.d_vocab)
+
     def _inputs(self, index: int, shared: int) -> tuple[int, ...]:
-        """Return the tokens that a row runs after its prefix: the last predicts nothing and is left out."""
+        """Return the tokens that a row runs after what it shares: the last predicts nothing and is left out."""
         row = self._rows[index]
         ids = self._pairs[row.pair].ids[shared:]
         return ids if self._whole[row.condition] else ids[:-1]
 
-    def run(self, job: _Job, batch_tokens: int) -> Iterator[tuple[int, float]]:
-        """Yield (index of the row, summed log-probability) for the rows of a batch."""
-        cache = self._prefill(job) if job.prefixes else None
+    def run(self, job: _Job, batch_tokens: int) -> npt.NDArray[np.float64]:
+        """Return the summed log-probability of every row of a batch."""
+        sums = np.zeros(len(job.rows), dtype=np.float64)
+        cache: object | None = None
+        if job.prompts:
+            cache, sums = self._prefill(job)
         inputs = [self._inputs(index, job.shared) for index in job.rows]
-        scored = [len(pair.ids) - pair.answer_start for pair in (self._pair(index) for index in job.rows)]
-        limit = max(1, _LOGITS_AT_ONCE // self._adapter.d_vocab)
-        for group in group_by_length([len(ids) for ids in inputs], batch_tokens):
-            for part in _bounded(group, scored, limit):
-                members = [job.rows[i] for i in part]
+        # A continuation of one token is scored by its prompt alone.
+        there = [i for i, ids in enumerate(inputs) if ids]
+        for group in group_by_length([len(inputs[i]) for i in there], batch_tokens):
+            sizes = [len(self._pair(index).ids) - self._pair(index).answer_start for index in job.rows]
+            for part in _bounded([there[i] for i in group], sizes, self._logits_at_once()):
                 rest = None
                 if cache is not None:
-                    rest = self._adapter.copy_cache_rows(cache, torch.tensor([job.prefix_of[i] for i in part]))
-                sums = self._sums(members, [inputs[i] for i in part], job.shared, rest)
-                yield from zip(members, sums, strict=True)
+                    rest = self._adapter.copy_cache_rows(cache, torch.tensor([job.prompt_of[i] for i in part]))
+                sums[part] += self._continue([job.rows[i] for i in part], [inputs[i] for i in part], job.shared, rest)
+        return sums
 
     def _pair(self, index: int) -> PairEncoding:
         return self._pairs[self._rows[index].pair]
@@ -223,19 +226,21 @@ class _Scorer:
     def _conditions(self, indices: Sequence[int]) -> Tensor:
         return torch.tensor([self._rows[index].condition for index in indices], device=self._adapter.device)
 
-    def _prefill(self, job: _Job) -> object:
-        tokens = torch.tensor([self._pair(index).ids[: job.shared] for index in job.prefixes])
+    def _prefill(self, job: _Job) -> tuple[object, npt.NDArray[np.float64]]:
+        """Return the cache of the prompts, and every row's log-probability of the continuation's first token."""
+        tokens = torch.tensor([self._pair(index).ids[: job.shared] for index in job.prompts])
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        self._hooks.begin(self._conditions(job.prefixes), mask, torch.zeros_like(mask))
-        cache = self._adapter.new_cache(len(job.prefixes))
-        # Only the cache is wanted; one position is unembedded because there must be one.
-        first = torch.zeros(1, dtype=torch.int64)
-        self._adapter.logits_at(tokens, mask, first, first, cache)
-        return cache
+        self._hooks.begin(self._conditions(job.prompts), mask, torch.zeros_like(mask))
+        cache = self._adapter.new_cache(len(job.prompts))
+        row = torch.arange(len(job.prompts))
+        logits = self._adapter.logits_at(tokens, mask, row, torch.full_like(row, job.shared - 1), cache)
+        wanted = torch.tensor([self._pair(index).ids[job.shared] for index in job.rows])
+        return cache, _logprobs(logits, torch.tensor(job.prompt_of), wanted).numpy()
 
-    def _sums(
+    def _continue(
         self, members: Sequence[int], inputs: Sequence[Sequence[int]], shared: int, cache: object | None
-    ) -> list[float]:
+    ) -> npt.NDArray[np.float64]:
+        """Return the rows' summed log-probability of what `inputs`, after `shared` tokens, predict of continuations."""
         tokens, mask = pad(inputs, self._adapter.tokens.pad_id)
         generated = torch.zeros_like(mask)
         rows: list[int] = []
@@ -243,18 +248,26 @@ class _Scorer:
         wanted: list[int] = []
         for number, index in enumerate(members):
             pair = self._pair(index)
-            generated[number, pair.answer_start - shared :] = True
-            rows.extend([number] * (len(pair.ids) - pair.answer_start))
-            positions.extend(range(pair.answer_start - 1 - shared, len(pair.ids) - 1 - shared))
-            wanted.extend(pair.ids[pair.answer_start :])
+            generated[number, max(pair.answer_start - shared, 0) :] = True
+            first = max(pair.answer_start, shared + 1)
+            rows.extend([number] * (len(pair.ids) - first))
+            positions.extend(range(first - shared - 1, len(pair.ids) - shared - 1))
+            wanted.extend(pair.ids[first:])
         self._hooks.begin(self._conditions(members), mask, generated & mask)
         total = torch.cat([torch.ones((len(members), shared), dtype=torch.bool), mask], dim=1)
         row = torch.tensor(rows)
         logits = self._adapter.logits_at(tokens, total, row, torch.tensor(positions), cache)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        picked = logits.gather(1, torch.tensor(wanted, device=logits.device)[:, None]).squeeze(1)
-        logprobs = (picked - logits.logsumexp(dim=1)).double().cpu()
-        return torch.zeros(len(members), dtype=torch.float64).index_add_(0, row, logprobs).tolist()
+        logprobs = _logprobs(logits, torch.arange(len(rows)), torch.tensor(wanted))
+        return torch.zeros(len(members), dtype=torch.float64).index_add_(0, row, logprobs).numpy()
+
+
+def _logprobs(
+    logits: Float[Tensor, "n vocab"], rows: Int64[Tensor, " item"], wanted: Int64[Tensor, " item"]
+) -> Float64[Tensor, " item"]:
+    """Return the log-probability of some tokens, each under one row of logits; float32 or better until then."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    rows, wanted = rows.to(logits.device), wanted.to(logits.device)
+    return (logits[rows, wanted] - logits.logsumexp(dim=1)[rows]).double().cpu()
 
 
 def _bounded(group: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:

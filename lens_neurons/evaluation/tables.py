@@ -7,7 +7,7 @@ A file is Parquet with the header in its metadata, or JSON Lines whose first lin
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,13 @@ def chosen(frame: pd.DataFrame, **values: str) -> pd.DataFrame:
     for name, value in values.items():
         keep &= (frame[name] == value).to_numpy()
     return frame.loc[keep]
+
+
+def grouped(frame: pd.DataFrame, names: Sequence[ColumnName]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """Yield the rows of a table by the values of some columns, in order of the items."""
+    for key, rows in frame.sort_values("item").groupby(list(names), observed=True):
+        assert isinstance(key, tuple)
+        yield tuple(str(value) for value in key), rows
 
 
 def strings(frame: pd.DataFrame, name: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The registry of identification methods: adding one is one file with one decorated function."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec
@@ -68,7 +69,7 @@ def identify(data: ActivationStats, method: str = "lape", **settings: Any) -> Ne
     if method not in _METHODS:
         raise SettingError(f"method={method!r} is unknown; use one of {', '.join(sorted(_METHODS))}.")
     function = _METHODS[method].function
-    known = function.__code__.co_varnames[1 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
+    known = list(inspect.signature(function).parameters)[1:]
     for name in settings:
         if name not in known:
             raise SettingError(f"method '{method}' has no setting '{name}'; it has {', '.join(known)}.")

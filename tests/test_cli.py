@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lens_neurons import cli
+from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.neurons import NeuronSet
+from tests.models import save_folder
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Run the command line in this process; return exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["lens-neurons", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+def test_help_answers_at_once_and_without_torch():
+    code = (
+        "import sys; from lens_neurons import cli; sys.argv = ['lens-neurons', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    best = 10.0
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - began)
+    for verb in ("demo", "record", "identify", "steer", "evaluate", "report", "show"):
+        assert verb in done.stdout
+    assert best < 1.0
+
+
+def test_the_whole_path_on_a_local_model(tmp_path, monkeypatch, capsys):
+    folder = save_folder(tmp_path / "model", "llama", add_bos=True).folder
+
+    def call(*arguments):
+        code, out, err = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out
+
+    recorded = call(
+        "record", "--model", folder, "--out", tmp_path / "stats", "--languages", "en,fr,sw", "--limit", 6, "--json"
+    )
+    assert {row["language"] for row in json.loads(recorded)["rows"]} == {"en", "fr", "sw"}
+    stats = ActivationStats.load(tmp_path / "stats")
+    assert stats.texts.tolist() == [6, 6, 6]
+
+    neurons = tmp_path / "neurons.safetensors"
+    found = call(
+        "identify", tmp_path / "stats", "--out", neurons, "--method", "fixed_count",
+        "--set", "units_per_language=5", "--set", "activation_bar_ratio=0.5", "--json",
+    )  # fmt: skip
+    assert {row["language"]: row["units"] for row in json.loads(found)["rows"]} == NeuronSet.load(neurons).counts()
+
+    steered = json.loads(
+        call("steer", neurons, tmp_path / "stats", "--language", "fr", "--model", folder, "--prompt", "[b]the",
+             "--tokens", 4, "--factor", "2*p_max", "--json")
+    )  # fmt: skip
+    assert [row["condition"] for row in steered["rows"]] == ["none", "fr 2*p_max"]
+
+    scores = tmp_path / "lss.parquet"
+    table = json.loads(
+        call("evaluate", "lss", neurons, tmp_path / "stats", "--model", folder, "--out", scores, "--factor", "p_max",
+             "--json")
+    )  # fmt: skip
+    assert table["rows"][0]["cells"] == 6
+
+    report = tmp_path / "report.html"
+    call("report", tmp_path / "stats", neurons, scores, "--out", report)
+    assert "<html" in report.read_text(encoding="utf-8")
+    for part, kind in ((tmp_path / "stats", "ActivationStats"), (neurons, "NeuronSet"), (scores, "SteeringScores")):
+        assert json.loads(call("show", part, "--json"))["kind"] == kind
+    assert "fr" in call("show", neurons)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("identify", "no-such-folder"), "no-such-folder"),
+        (("record", "--out", "x", "--model", "no-such-model-folder/"), "no-such-model-folder"),
+        (("record", "--out", "x", "--dtype", "float7"), "dtype='float7' is unknown"),
+        (("evaluate", "bleu", "n", "s"), "'bleu' is no score"),
+        (("show", "no-such-file"), "no-such-file"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("lens-neurons: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_settings_are_json_where_they_can_be():
+    with pytest.raises(cli.SettingError, match="'top_rate' is no setting"):
+        cli._settings(["top_rate"])
+    assert cli._settings(["a=1", "b=0.5", "c=x", "d=true"]) == {"a": 1, "b": 0.5, "c": "x", "d": True}

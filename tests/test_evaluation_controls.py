@@ -1,0 +1,122 @@
+"""Random controls: how many, which, and with what values; the languages of a score."""
+
+import pytest
+import torch
+from evaluation_oracle import LANGUAGES, make_neurons, make_stats, tiny_model
+from oracle import sentence
+
+from lens_neurons.errors import DataError, ProvenanceError, SettingError
+from lens_neurons.evaluation.controls import chosen_languages, treatments
+from lens_neurons.interventions import Override, Silence
+from lens_neurons.neurons import NeuronSet
+from lens_neurons.storage import Provenance
+
+
+@pytest.fixture(scope="module")
+def parts():
+    _, _, adapter = tiny_model()
+    return adapter, make_neurons(adapter, empty=("sw",)), make_stats(adapter)
+
+
+def test_draws_have_the_targets_own_statistic(parts) -> None:
+    adapter, neurons, stats = parts
+    found = treatments(adapter.provenance(), neurons, stats, ("fr", "ja"), {"p_max": 5, "=0": 0}, seed=1)
+    assert [(t.language, t.factor, t.label) for t in found.items if t.language == "fr"] == [
+        ("fr", "p_max", "neurons"),
+        *(("fr", "p_max", f"random-{draw}") for draw in range(5)),
+        ("fr", "=0", "neurons"),
+    ]
+    assert len(found.items) == 14
+    everybody = neurons.union_mask()
+    drawn = []
+    for one in found.items:
+        edits = {edit.layer: edit for edit in one.condition.edits(adapter)}
+        for layer, edit in edits.items():
+            assert edit.operation == "set"
+            own = neurons.mask(one.language)[layer]
+            assert len(edit.indices) == int(own.sum())
+            if one.label == "neurons":
+                assert own[edit.indices].all()
+            else:
+                assert not everybody[layer][edit.indices].any()
+            if one.factor == "p_max":
+                expected = stats.text_max[LANGUAGES.index(one.language), layer][edit.indices].double()
+                assert torch.equal(edit.values, expected)
+            else:
+                assert not edit.values.any()
+        if one.label != "neurons":
+            drawn.append(torch.cat([edits[layer].indices for layer in sorted(edits)]).tolist())
+    assert len({tuple(draw) for draw in drawn}) == 10
+    labels = [one.condition.label for one in found.items]
+    assert len(set(labels)) == len(labels)
+
+
+def test_silencing_needs_no_recording(parts) -> None:
+    adapter, neurons, _ = parts
+    found = treatments(adapter.provenance(), neurons, None, ("fr",), {"silence": 1}, seed=0)
+    assert [type(one.condition.interventions[0]) for one in found.items] == [Silence, Silence]
+    with pytest.raises(SettingError) as caught:
+        treatments(adapter.provenance(), neurons, None, ("fr",), {"p_max": 1}, seed=0)
+    sentence(caught.value)
+
+
+def test_a_language_without_neurons_is_counted(parts) -> None:
+    adapter, neurons, stats = parts
+    found = treatments(adapter.provenance(), neurons, stats, ("fr", "sw"), {"p_max": 2}, seed=0)
+    assert [one.condition is None for one in found.items] == [False] * 3 + [True] * 3
+    assert found.empty == ("sw",)
+    assert "1 of 2 languages have no neurons" in found.notes[0]
+
+
+def test_layers_without_the_languages_neurons_are_as_none(parts) -> None:
+    adapter, neurons, stats = parts
+    late = neurons.restrict([2])
+    found = treatments(adapter.provenance(), late, stats, ("fr",), {"p_max": 0}, seed=0, layers=[0, 1])
+    assert found.empty == ("fr",)
+    found = treatments(adapter.provenance(), neurons, stats, ("fr",), {"p_max": 1}, seed=0, layers=[1], site="post")
+    for one in found.items:
+        assert [edit.layer for edit in one.condition.edits(adapter)] == [1]
+        assert isinstance(one.condition.interventions[0], Override)
+        assert one.condition.interventions[0].site == "post"
+
+
+def test_a_layer_short_of_free_neurons_is_named(parts) -> None:
+    adapter, _, stats = parts
+    mask = torch.zeros(adapter.n_layers, adapter.d_mlp, dtype=torch.bool)
+    mask[1, : adapter.d_mlp - 3] = True
+    crowded = NeuronSet.from_masks({"fr": mask}, provenance=adapter.provenance())
+    found = treatments(adapter.provenance(), crowded, stats, ("fr",), {"p_max": 2}, seed=0)
+    assert len(found.notes) == 2
+    assert found.notes[0].startswith("random-0: layer 1 has 3 free units")
+
+
+def test_what_does_not_belong_together_is_refused(parts) -> None:
+    adapter, neurons, stats = parts
+    other = adapter.provenance().replace(weights="other")
+    with pytest.raises(ProvenanceError, match="neuron set"):
+        treatments(other, neurons, stats, ("fr",), {"p_max": 1}, seed=0)
+    mixed = NeuronSet.from_masks({"fr": neurons.mask("fr")}, provenance=other)
+    with pytest.raises(ProvenanceError, match="recording"):
+        treatments(other, mixed, stats, ("fr",), {"p_max": 1}, seed=0)
+    treatments(other, mixed, stats, ("fr",), {"p_max": 1}, seed=0, allow=["weights"])
+    assert isinstance(other, Provenance)
+
+
+def test_a_negative_number_of_draws_is_refused(parts) -> None:
+    adapter, neurons, stats = parts
+    with pytest.raises(SettingError) as caught:
+        treatments(adapter.provenance(), neurons, stats, ("fr",), {"p_max": -1}, seed=0)
+    sentence(caught.value)
+
+
+def test_languages_that_everything_has() -> None:
+    assert chosen_languages(None, neurons=("en", "fr", "ja"), facts=("ja", "en", "de")) == ("en", "ja")
+    assert chosen_languages(["jpn_Jpan", "en", "ja"], neurons=("en", "fr", "ja"), facts=("ja", "en")) == ("ja", "en")
+    for wrong in (
+        lambda: chosen_languages(["fr"], neurons=("fr",), facts=("en",)),
+        lambda: chosen_languages("fr", a=("fr",)),
+        lambda: chosen_languages(None, neurons=("fr",), facts=("en",)),
+    ):
+        with pytest.raises(DataError) as caught:
+            wrong()
+        sentence(caught.value)

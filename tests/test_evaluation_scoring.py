@@ -1,0 +1,169 @@
+"""Log-probabilities of continuations against plain transformers, one pair at a time."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from evaluation_oracle import continuation_logprob, make_neurons, make_stats, set_to, steered, tiny_model
+from oracle import sentence
+
+from lens_neurons.batching import PairEncoding
+from lens_neurons.errors import DataError
+from lens_neurons.evaluation import scoring
+from lens_neurons.evaluation.scoring import ScoreRow, answer_logprobs, score_rows
+from lens_neurons.interventions import Condition, Override, Silence, factor, steer
+
+
+def make_pairs(n_prompts: int = 6, answers: int = 3, seed: int = 0) -> list[PairEncoding]:
+    """Return pairs of which some share a prompt, with continuations of one token to five."""
+    draw = random.Random(seed)
+    pairs = []
+    for _ in range(n_prompts):
+        prompt = [draw.randrange(5, 300) for _ in range(draw.randrange(1, 9))]
+        for _ in range(answers):
+            answer = [draw.randrange(5, 300) for _ in range(draw.randrange(1, 6))]
+            pairs.append(PairEncoding((*prompt, *answer), len(prompt)))
+    return pairs
+
+
+def alone(hf_model, pairs: Sequence[PairEncoding]) -> torch.Tensor:
+    values = [continuation_logprob(hf_model, list(pair.ids), pair.answer_start) for pair in pairs]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2"])
+def test_equals_plain_transformers(arch: str) -> None:
+    tiny, model, _ = tiny_model(arch)
+    pairs = make_pairs()
+    found = answer_logprobs(model, pairs)
+    assert found.dtype == torch.float64
+    assert found.shape == (1, len(pairs))
+    torch.testing.assert_close(found[0], alone(tiny.hf_model, pairs), atol=1e-4, rtol=0)
+
+
+def test_conditions_and_items_in_one_call_equal_each_alone() -> None:
+    tiny, model, adapter = tiny_model()
+    neurons, stats = make_neurons(adapter), make_stats(adapter)
+    names = {"en": "p_max", "fr": "=max", "ja": "=0", "sw": "+max"}
+    conditions = [Condition.none()]
+    conditions += [
+        Condition(code, (factor(name, neurons[code], stats, code).intervention(neurons[code]),))
+        for code, name in names.items()
+    ]
+    pairs = make_pairs()
+    found = answer_logprobs(model, pairs, conditions)
+    torch.testing.assert_close(found[0], alone(tiny.hf_model, pairs), atol=1e-4, rtol=0)
+    for row, (code, name) in enumerate(names.items(), 1):
+        with steered(tiny.hf_model, set_to(neurons, code, name, stats)):
+            expected = alone(tiny.hf_model, pairs)
+        torch.testing.assert_close(found[row], expected, atol=2e-4, rtol=0)
+        assert (found[row] - found[0]).abs().min() > 1e-3
+
+
+def test_the_batch_size_changes_nothing() -> None:
+    _, model, adapter = tiny_model()
+    pairs = make_pairs()
+    conditions = [Condition.none(), Condition("off", (Silence(make_neurons(adapter)["en"]),))]
+    whole = answer_logprobs(model, pairs, conditions, batch_tokens=10_000)
+    single = answer_logprobs(model, pairs, conditions, batch_tokens=1)
+    torch.testing.assert_close(whole, single, atol=1e-4, rtol=0)
+
+
+def test_large_vocabularies_are_cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, model, adapter = tiny_model()
+    pairs = [*make_pairs(), PairEncoding(tuple(range(5, 60)), 1)]
+    seen: list[int] = []
+    logits_at = type(adapter).logits_at
+
+    def count(self, tokens, mask, rows, positions, cache=None):
+        seen.append(len(rows))
+        return logits_at(self, tokens, mask, rows, positions, cache)
+
+    monkeypatch.setattr(type(adapter), "logits_at", count)
+    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 4 * adapter.d_vocab)
+    found = answer_logprobs(model, pairs)
+    torch.testing.assert_close(found[0], alone(tiny.hf_model, pairs), atol=1e-4, rtol=0)
+    # The one pair of 54 scored tokens is not divided; all else is.
+    assert sorted(seen)[-2] <= 5
+    assert max(seen) == 54
+
+
+def test_only_answer_positions_are_unembedded_and_a_shared_prompt_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, adapter = tiny_model()
+    prompt = (7, 8, 9, 10, 11)
+    pairs = [PairEncoding((*prompt, *answer), 5) for answer in ((20,), (30, 31), (40, 41, 42))]
+    seen: list[tuple[tuple[int, ...], int, bool]] = []
+    logits_at = type(adapter).logits_at
+
+    def watch(self, tokens, mask, rows, positions, cache=None):
+        seen.append((tuple(tokens.shape), len(rows), cache is not None))
+        return logits_at(self, tokens, mask, rows, positions, cache)
+
+    monkeypatch.setattr(type(adapter), "logits_at", watch)
+    answer_logprobs(model, pairs)
+    # The prompt gives all first tokens; then 1 and 2 tokens go on (the last of an answer predicts nothing).
+    assert seen == [((1, 5), 1, True), ((2, 2), 3, True)]
+
+
+def test_statistics_of_the_forward_see_the_whole_row() -> None:
+    """A test-time factor takes its value over prompt and answer, so such rows never share a prompt."""
+    tiny, model, adapter = tiny_model()
+    neurons, stats = make_neurons(adapter), make_stats(adapter)
+    condition = Condition("max", (factor("=max", neurons["fr"], stats, "fr").intervention(neurons["fr"]),))
+    pairs = [PairEncoding((7, 8, 9, *answer), 3) for answer in ((20, 21), (30, 31), (40, 300))]
+    with steered(tiny.hf_model, set_to(neurons, "fr", "=max", stats)):
+        expected = alone(tiny.hf_model, pairs)
+    torch.testing.assert_close(answer_logprobs(model, pairs, condition)[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["prompt", "generated"])
+def test_positions_know_where_the_answer_begins(positions: str) -> None:
+    tiny, model, adapter = tiny_model()
+    neurons = make_neurons(adapter)
+    pairs = make_pairs()
+    condition = Condition("part", (Override(neurons["en"], 1.5, positions=positions),))
+    found = answer_logprobs(model, pairs, condition)[0]
+    for pair, value in zip(pairs, found.tolist(), strict=True):
+        edited = slice(0, pair.answer_start) if positions == "prompt" else slice(pair.answer_start, None)
+
+        def change(output, layer, edited=edited):
+            new = output.clone()
+            new[:, edited, neurons.mask("en")[layer]] = 1.5
+            return new
+
+        with steered(tiny.hf_model, change):
+            expected = continuation_logprob(tiny.hf_model, list(pair.ids), pair.answer_start)
+        assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_only_the_rows_asked_for() -> None:
+    _, model, adapter = tiny_model()
+    pairs = make_pairs()
+    conditions = [Condition.none(), Condition("off", (Silence(make_neurons(adapter)["en"]),))]
+    rows = [ScoreRow(1, 4), ScoreRow(0, 2), ScoreRow(1, 0)]
+    full = answer_logprobs(model, pairs, conditions).numpy()
+    expected = [full[row.condition, row.pair] for row in rows]
+    assert score_rows(model, pairs, conditions, rows) == pytest.approx(np.array(expected), abs=1e-4)
+    assert score_rows(model, pairs, conditions, []).shape == (0,)
+
+
+def test_hears_a_steer_context_and_leaves_the_model_as_it_was() -> None:
+    _, model, adapter = tiny_model()
+    pairs = make_pairs()
+    off = Silence(make_neurons(adapter)["en"])
+    before = answer_logprobs(model, pairs)
+    with steer(model, off):
+        inside = answer_logprobs(model, pairs)
+    torch.testing.assert_close(inside, answer_logprobs(model, pairs, Condition("off", (off,))), atol=1e-4, rtol=0)
+    assert (inside - before).abs().max() > 1e-3
+    assert torch.equal(answer_logprobs(model, pairs), before)
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    _, model, adapter = tiny_model()
+    for pair in (PairEncoding((5, 6), 2), PairEncoding((5, 6), 0), PairEncoding(tuple([5] * (adapter.n_ctx + 1)), 2)):
+        with pytest.raises(DataError) as caught:
+            answer_logprobs(model, [pair])
+        sentence(caught.value)
