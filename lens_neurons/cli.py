@@ -95,7 +95,8 @@ def _load_model(model: str, dtype: str | None, device: str | None, backend: str)
     kind = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(kind, torch.dtype):
         raise SettingError(f"dtype={dtype!r} is unknown; use float32, bfloat16 or float16.")
-    return load_model(model, dtype=kind, device=device, backend=backend)
+    chosen: Any = backend  # load_model checks it
+    return load_model(model, dtype=kind, device=device, backend=chosen)
 
 
 def _load_corpus(source: str, languages: str | None, field: str, limit: int | None) -> Any:
@@ -177,13 +178,13 @@ def record(
     from lens_neurons.recording import record as run
 
     texts = _load_corpus(corpus, languages, field, limit)
+    policy: dict[str, Any] = {"bos": bos, "overflow": overflow}  # record checks them
     stats = run(
         _load_model(model, dtype, device, backend),
         texts,
         out,
-        bos=bos,
+        **policy,
         max_tokens=max_tokens,
-        overflow=overflow,
         pack=pack,
         batch_tokens=batch_tokens,
     )
@@ -282,9 +283,10 @@ def evaluate(
     chosen = chosen.select(codes)
     loaded = _load_model(model, dtype, device, backend)
     factors = factor or ["p_max"]
+    settings: dict[str, Any] = {"variant": variant, "seed": seed}
     result: Any
     if score == "lss":
-        result = language_steering_shift(loaded, chosen, recording, factors=factors, variant=variant, seed=seed)
+        result = language_steering_shift(loaded, chosen, recording, factors=factors, **settings)
     elif score == "perplexity":
         result = perplexity_matrix(loaded, chosen, _load_corpus(corpus, ",".join(codes), "text", None), seed=seed)
     else:
@@ -313,8 +315,9 @@ def show(
     """Print what a saved recording, neuron set or score holds."""
     from lens_neurons.reporting import load_part
 
-    part = load_part(path)
-    frame = part.to_frame() if type(part).__name__ == "ActivationStats" else part.summary()
+    part: Any = load_part(path)
+    # Scores and sets have a summary, a recording is one table.
+    frame = part.summary() if hasattr(part, "summary") else part.to_frame()
     _emit(frame, as_json, repr(part), kind=type(part).__name__)
 
 

@@ -116,8 +116,9 @@ class DemoResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as plain JSON values; the keys are fixed (schema 1)."""
-        lss = self.lss.summary()
-        share = self.forcing.overall([code for code in WELL_FED if code in self.forcing.languages])
+        # pandas types a row's entries as anything at all.
+        lss: Any = self.lss.summary()
+        share: Any = self.forcing.overall([code for code in WELL_FED if code in self.forcing.languages])
         factors: dict[str, Any] = {
             str(name): {key: float(row[key]) for key in ("mean", "low", "high")} | {"n": int(row["n"])}
             for name, row in lss.iterrows()
@@ -129,6 +130,7 @@ class DemoResult:
             "high": float(control["control_high"]),
             "n": int(control["n"]),
         }
+        silenced: Any = self.silencing.summary()
         silencing = {
             str(code): {
                 "own": float(row["mean"]),
@@ -136,7 +138,7 @@ class DemoResult:
                 "low": float(row["difference_low"]),
                 "high": float(row["difference_high"]),
             }
-            for code, row in self.silencing.summary().iterrows()
+            for code, row in silenced.iterrows()
         }
         return {
             "schema": SCHEMA,
@@ -174,13 +176,14 @@ class DemoResult:
         columns = ["n", "mean", "low", "high", "control", "control_low", "control_high"]
         shares = ["n", "mean", "low", "high", "control", "baseline", "raw", "repetition", "nll", "reference_nll"]
         silenced = ["mean", "low", "high", "control", "largest_other", "other", "difference_low", "above"]
-        return {
+        tables: dict[str, Any] = {
             f"Neurons by language ({self.preset.method}, {len(self.neurons)} units)": neurons,
             f"Language Steering Shift ({len(self.facts)} facts, even ids)": self.lss.summary()[columns],
             f"Forced language ({self.preset.forcing}, unprompted samples)": self.forcing.summary()[shares],
             "Silencing: change in NLL per token, held-out sentences": self.silencing.summary()[silenced],
             "Bars": bars,
         }
+        return tables
 
 
 def run_demo(
@@ -287,12 +290,12 @@ def _bars(
     def at_most(value: float, threshold: float) -> Bar:
         return Bar(value, threshold, value <= threshold)
 
-    table = lss.summary()
+    table: Any = lss.summary()
     p_max, random, zero = (
         float(v) for v in (table.loc["p_max", "mean"], table.loc["p_max", "control"], table.loc["=0", "mean"])
     )
-    share = forcing.overall([code for code in WELL_FED if code in forcing.languages])
-    hit = silencing.own_minus_largest_other()
+    share: Any = forcing.overall([code for code in WELL_FED if code in forcing.languages])
+    hit: Any = silencing.own_minus_largest_other()
     bars = {
         "largest_language_share": at_most(max(neurons.counts().values()) / (neurons.shape[0] * neurons.shape[1]), 0.05),
         "lss_p_max": at_least(p_max, 0.90),

@@ -402,18 +402,21 @@ def _contexts(top: TopTexts) -> tuple[str, list[Block]]:
 
 def _provenance(parts: Sequence[Part]) -> pd.DataFrame | None:
     """Return fields of provenance (rows) by part (columns); parts of the same provenance share a column."""
-    columns: dict[str, dict[str, str]] = {}
+    origins: list[dict[str, str]] = []
+    names: list[list[str]] = []
     for part in parts:
         origin = getattr(part, "provenance", None)
         if not isinstance(origin, Provenance):
             continue
         values = {name: _words(value) for name, value in origin.to_dict().items()}
-        name = type(part).__name__
-        same = next((column for column, known in columns.items() if known == values), None)
-        if same is None:
-            columns[name if name not in columns else f"{name} {len(columns) + 1}"] = values
-        elif name not in same.split(", "):
-            columns = {f"{c}, {name}" if c == same else c: known for c, known in columns.items()}
+        if values not in origins:
+            origins.append(values)
+            names.append([])
+        kinds, kind = names[origins.index(values)], type(part).__name__
+        if kind not in kinds:
+            kinds.append(kind)
+    # Two origins may belong to parts of the same kind.
+    columns = {f"{number}: {', '.join(kinds)}": values for number, (kinds, values) in enumerate(zip(names, origins), 1)}
     if not columns:
         return None
     return pd.DataFrame(columns).rename_axis(index="field").replace("", _ABSENT)

@@ -61,9 +61,9 @@ def test_seed_and_name_decide_the_draws() -> None:
     assert (resample_counts(9, 50, 3, "a") == resample_counts(9, 50, 3, "a")).all()
     assert (resample_counts(9, 50, 3, "a") != resample_counts(9, 50, 3, "b")).any()
     assert (resample_counts(9, 50, 3, "a") != resample_counts(9, 50, 4, "a")).any()
-    before = np.random.get_state()[1].copy()
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
     bootstrap_mean(VALUES)
-    assert (np.random.get_state()[1] == before).all()
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
 
 
 def test_many_items_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,24 +231,37 @@ def test_stop_strings_end_a_text_and_are_not_part_of_it():
     )
 
 
-def test_rows_that_end_early_leave_the_others_alone():
-    """The end-of-text token is one that some rows soon draw, so that the batch shrinks several times."""
-    free = ln.generate(loaded("llama"), PROMPTS, n=6, max_new_tokens=20, temperature=0.8, seed=4)
+def test_rows_that_end_early_leave_the_others_alone(monkeypatch: pytest.MonkeyPatch):
+    """The end-of-text token is one that most rows soon draw, so that the batch shrinks several times."""
+    model = loaded("llama")
+    conditions = conditions_of(model)[:2]
+    settings: dict[str, Any] = {"n": 5, "max_new_tokens": 50, "temperature": 0.8, "seed": 4, "batch_size": 64}
+    free = ln.generate(model, PROMPTS, conditions, **settings)
     common = Counter(token for one in free for token in set(one.tokens)).most_common(1)[0][0]
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama").folder)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(common)
     assert tokenizer.eos_token_id == common
-    model = load_model(tiny("llama").folder, backend="hooked", tokenizer=tokenizer)
-    made = ln.generate(model, PROMPTS, n=6, max_new_tokens=20, temperature=0.8, seed=4)
-    reasons = Counter(one.stopped for one in made)
-    assert reasons["eos"] >= 5
+    other = load_model(tiny("llama").folder, backend="hooked", tokenizer=tokenizer)
+    adapter = adapt(other)
+    sizes: list[int] = []
+    copy = adapter.copy_cache_rows
+
+    def counted(cache: object, rows: Tensor) -> object:
+        sizes.append(len(rows))
+        return copy(cache, rows)
+
+    monkeypatch.setattr(adapter, "copy_cache_rows", counted)
+    made = ln.generate(other, PROMPTS, conditions_of(other)[:2], **settings)
+    # The prompts' forwards are spread over the samples once, then the batch shrinks.
+    assert len(sizes) >= 3
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(one.stopped == "eos" for one in made) > len(made) / 2
     for one, before in zip(made, free, strict=True):
         if common in before.tokens:
             assert one.tokens == before.tokens[: before.tokens.index(common)]
             assert one.stopped == "eos"
         else:  # what ended the text before does not end it now
             assert one.tokens[: len(before.tokens)] == before.tokens
-    assert len({len(one.tokens) for one in made}) > 3
 
 
 # Prompts.

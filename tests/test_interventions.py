@@ -755,13 +755,17 @@ def test_steering_announces_what_loops_inside_it_do():
     for what in (Override(units, TestTime("mean", 5.0)), Override(units, 9.0, positions="generated")):
         generated = mask & (torch.arange(tokens.shape[1]) >= 5)
         loop = ConditionHooks(adapter, [Condition.none()])
-        with ln.steer(model, what), loop.active():
-            assert loop.steered_by_row_statistics == what.needs_row_statistics
-            loop.begin(rows, mask, generated)
-            inside = forward(model, tokens, mask)
         own = ConditionHooks(adapter, [Condition("x", (what,))])
         own.begin(rows, mask, generated)
-        assert torch.equal(inside, forward(model, tokens, mask, own.pairs))
+        expected = forward(model, tokens, mask, own.pairs)
+        with ln.steer(model, what, prompt_lengths=1):
+            before = model(tokens[:1])
+            with loop.active():
+                assert loop.steered_by_row_statistics == what.needs_row_statistics
+                loop.begin(rows, mask, generated)
+                assert torch.equal(forward(model, tokens, mask), expected)
+            # What the loop said is forgotten with it.
+            assert torch.equal(model(tokens[:1]), before)
     assert not loop.steered_by_row_statistics
 
 

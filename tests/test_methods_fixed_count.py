@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from lens_neurons.activation_stats import ActivationStats
 
+from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.errors import DataError, SettingError
-from lens_neurons.methods import fixed_count, identify
+from lens_neurons.methods import identify
+from lens_neurons.methods.fixed_count import fixed_count
 
 
 def random_stats(seed, shape=(3, 40), languages=("c", "python", "rust", "en")):

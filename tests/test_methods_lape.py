@@ -5,7 +5,8 @@ import torch
 
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.errors import DataError, SettingError
-from lens_neurons.methods import cite, identify, lape, list_methods
+from lens_neurons.methods import cite, identify, list_methods
+from lens_neurons.methods.lape import lape
 
 
 def slow_lape(tokens, positive, top_rate, filter_rate, bar_ratio):

@@ -397,7 +397,7 @@ def test_folder_and_what_comes_back(tmp_path, corpus, monkeypatch):
     assert_equal(stats, expected)
     assert stats.provenance == expected.provenance
     names = sorted(file.name for file in (tmp_path / "r" / "shards").iterdir())
-    assert len(names) > 6
+    assert len(names) >= 6
     assert names[0].startswith("C%2FC%2B%2B-0-")
     assert_equal(ActivationStats.load(tmp_path / "r"), expected)
     forbid(monkeypatch, model)
@@ -516,17 +516,22 @@ def test_another_recording_in_the_path_is_refused(tmp_path, corpus):
     again()
 
 
-@pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-@pytest.mark.parametrize("pattern", ["shards/en-*", "languages/fr*", "stats*", "manifest.json"])
+@pytest.mark.parametrize(
+    ("finished", "pattern"),
+    [
+        (True, "shards/en-*"),
+        (True, "stats*"),
+        (True, "manifest.json"),
+        (False, "shards/en-*"),
+        (False, "languages/fr*"),
+        (False, "manifest.json"),
+    ],
+)
 def test_damage_is_found_and_named(tmp_path, corpus, finished, damage, pattern):
-    if not finished and pattern == "stats*":
-        pytest.skip("an unfinished recording has no such file")
     record(load(), corpus, tmp_path / "r", **SMALL)
     if not finished:
         (tmp_path / "r" / "stats.safetensors").unlink()
-    elif pattern.startswith("languages"):
-        pytest.skip("a finished recording does not read it")
     file = sorted((tmp_path / "r").glob(pattern))[-1]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

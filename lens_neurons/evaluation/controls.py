@@ -106,7 +106,7 @@ def treatments(
             made = Silence(own, site=site, allow=allow)
         else:
             assert stats is not None
-            made = factor(name, own, stats, language).intervention(own, site=site, allow=allow)
+            made = factor(name, own, stats, language, allow=allow).intervention(own, site=site, allow=allow)
         return Treatment(label, language, name, Condition(f"{label} {name} {language}", (made,)))
 
     items = [

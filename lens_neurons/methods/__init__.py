@@ -1,7 +1,13 @@
-"""Identification methods: one file each, all functions of recorded data, listed in one registry."""
+"""Identification methods: one file each, all functions of recorded data, listed in one registry.
 
-from lens_neurons.methods.fixed_count import fixed_count
-from lens_neurons.methods.lape import lape
+Importing a method's file registers it. The functions are not repeated here: a function that bears its module's name
+would be replaced by the module.
+"""
+
+from lens_neurons.methods import fixed_count as _fixed_count
+from lens_neurons.methods import lape as _lape
 from lens_neurons.methods.registry import cite, identify, list_methods, method
 
-__all__ = ["cite", "fixed_count", "identify", "lape", "list_methods", "method"]
+__all__ = ["cite", "identify", "list_methods", "method"]
+
+_REGISTERED = (_fixed_count, _lape)

@@ -1,0 +1,362 @@
+"""Language Steering Shift against transcriptions of the published and the corrected formulas."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from evaluation_oracle import (
+    LANGUAGES,
+    continuation_logprob,
+    make_neurons,
+    make_stats,
+    set_to,
+    steered,
+    tiny_model,
+)
+from oracle import sentence
+
+from lens_neurons.errors import DataError, ProvenanceError, SettingError
+from lens_neurons.evaluation.lss import SteeringScores, language_steering_shift
+from lens_neurons.evaluation.tables import COLUMNS, chosen
+from lens_neurons.facts import Facts
+from lens_neurons.languages import separator
+from lens_neurons.storage import derive_seed
+
+FACTORS = ("p_max", "p_median", "=max", "+max", "=0", "=p10")
+
+# One relation with the slot last, one with the slot in the middle in English and Japanese; "Roma" is the same twice,
+# and the Japanese template ends without a space.
+TEMPLATES = {
+    "capital": {
+        "en": "The capital of [X] is [Y].",
+        "fr": "La capitale : [X] [Y]",
+        "ja": "[X]の首都は[Y]",
+        "sw": "Mji mkuu wa [X] ni [Y]",
+    },
+    "animal": {
+        "en": "The [X] is a [Y] animal",
+        "fr": "Le [X] est un [Y]",
+        "ja": "[X]は[Y]です",
+        "sw": "[X] ni [Y]",
+    },
+}
+NAMES = [
+    ("capital", {"en": "Italy", "fr": "Italie", "ja": "イタリア", "sw": "Italia"}, ["Rome", "Roma", "ローマ", "Roma"]),
+    (
+        "capital",
+        {"en": "Egypt", "fr": "Égypte", "ja": "エジプト", "sw": "Misri"},
+        ["Cairo", "Le Caire", "カイロ", "Kairo"],
+    ),
+    (
+        "capital",
+        {"en": "Greece", "fr": "Grèce", "ja": "ギリシャ", "sw": "Ugiriki"},
+        ["Athens", "Athènes", "アテネ", "Athene"],
+    ),
+    ("animal", {"en": "cat", "fr": "chat", "ja": "猫", "sw": "paka"}, ["pet", "animal", "動物", "mnyama"]),
+    ("animal", {"en": "dog", "fr": "chien", "ja": "犬", "sw": "mbwa"}, ["pet", "compagnon", "友達", "rafiki"]),
+]
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    records = [
+        {"id": 10 + i, "relation": relation, "subject": subject, "object": dict(zip(LANGUAGES, objects, strict=True))}
+        for i, (relation, subject, objects) in enumerate(NAMES)
+    ]
+    return Facts.from_records(records, TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tiny, model, adapter = tiny_model(add_bos=True)
+    return tiny, model, make_neurons(adapter), make_stats(adapter)
+
+
+def published(tiny, base: str, target: str):
+    """Yield id and the difference D of every item, as intervention_dod.py computes it (methods.md section 3.4)."""
+
+    def logprob(prompt: str, answer: str) -> float:
+        ids = tiny.tokenizer(prompt + " " + answer)["input_ids"]
+        boundary = len(tiny.tokenizer(prompt)["input_ids"])
+        return continuation_logprob(tiny.hf_model, ids, boundary)
+
+    b, t = LANGUAGES.index(base), LANGUAGES.index(target)
+    for number, (relation, subject, objects) in enumerate(NAMES):
+        template = TEMPLATES[relation][base].replace("[X]", subject[base])
+        prompt = template.replace(" [Y]", "") if " [Y]" in template else template.replace("[Y]", "")
+        yield 10 + number, logprob(prompt, objects[t]) - logprob(prompt, objects[b])
+
+
+def corrected(tiny, base: str, target: str):
+    """Yield id and D with the base's separator and the boundary by character offsets; other items are left out."""
+
+    def logprob(prompt: str, answer: str) -> float:
+        encoded = tiny.tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+        start = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
+        bos = tiny.tokenizer.bos_token_id
+        return continuation_logprob(tiny.hf_model, [bos, *encoded["input_ids"]], start + 1)
+
+    b, t = LANGUAGES.index(base), LANGUAGES.index(target)
+    for number, (relation, subject, objects) in enumerate(NAMES):
+        template = TEMPLATES[relation][base].replace("[X]", subject[base])
+        before, after = template.split("[Y]")
+        if after not in ("", ".") or objects[b] == objects[t]:
+            continue
+        space = separator(base)
+        prompt = before.rstrip()
+        yield 10 + number, logprob(prompt, space + objects[t]) - logprob(prompt, space + objects[b])
+
+
+def brute_force(asked, tiny, units, stats, factor: str, base: str, target: str) -> dict[int, float]:
+    """Return the margin of every item: D under the factor on the target's units, minus D without."""
+    before = dict(asked(tiny, base, target))
+    with steered(tiny.hf_model, set_to(units, target, factor, stats)):
+        after = dict(asked(tiny, base, target))
+    return {item: after[item] - before[item] for item in before}
+
+
+def compare(scores: SteeringScores, asked, tiny, units, stats, factor: str, condition: str) -> int:
+    compared = 0
+    # All pairs of languages for the first factor, a few for the others.
+    pairs = list(itertools.permutations(LANGUAGES, 2))
+    if (factor, condition) != ("p_max", "neurons"):
+        pairs = [("en", "fr"), ("fr", "sw"), ("ja", "en"), ("sw", "ja")]
+    for base, target in pairs:
+        expected = brute_force(asked, tiny, units, stats, factor, base, target)
+        rows = chosen(scores.items, factor=factor, condition=condition, base=base, target=target, language=target)
+        margins = chosen(rows, metric="margin").set_index("item")["value"]
+        hits = chosen(rows, metric="lss").set_index("item")["value"]
+        assert set(margins.index) == set(hits.index) == set(expected)
+        for item, margin in expected.items():
+            assert margins[item] == pytest.approx(margin, abs=3e-4)
+            if abs(margin) > 1e-3 or margin == 0:
+                assert hits[item] == float(margin > 0)
+                compared += 1
+    return compared
+
+
+@pytest.fixture(scope="module")
+def published_scores(parts, facts) -> SteeringScores:
+    _, model, neurons, stats = parts
+    return language_steering_shift(
+        model, neurons, stats, facts, FACTORS, variant="published", random_draws=0, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def scores(parts, facts) -> SteeringScores:
+    _, model, neurons, stats = parts
+    return language_steering_shift(
+        model, neurons, stats, facts, ["p_max", "=0"], random_draws=3, seed=5, progress=False
+    )
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_published_to_the_letter(factor: str, published_scores: SteeringScores, parts) -> None:
+    tiny, _, neurons, stats = parts
+    assert compare(published_scores, published, tiny, neurons, stats, factor, "neurons") >= (
+        50 if factor == "p_max" else 17
+    )
+
+
+def test_published_scores_identical_answers_zero(published_scores: SteeringScores) -> None:
+    rows = chosen(published_scores.items, base="fr", target="sw")
+    same = rows[rows["item"] == 10]
+    assert len(same) == 2 * len(FACTORS)
+    assert not same["value"].any()
+    assert not published_scores.dropped[["identical", "skipped", "unscorable"]].to_numpy().any()
+
+
+@pytest.mark.parametrize("factor", ["p_max", "=0"])
+def test_corrected(factor: str, scores: SteeringScores, parts) -> None:
+    tiny, _, neurons, stats = parts
+    assert compare(scores, corrected, tiny, neurons, stats, factor, "neurons") >= (35 if factor == "p_max" else 12)
+
+
+def test_the_control_is_random_neurons_with_the_targets_values(scores: SteeringScores, parts) -> None:
+    tiny, _, neurons, stats = parts
+    for draw in range(3):
+        units = neurons.random_like(derive_seed(5, "control", draw))
+        assert not (units.union_mask() & neurons.union_mask()).any()
+        assert compare(scores, corrected, tiny, units, stats, "p_max", f"random-{draw}") >= 12
+    assert chosen(scores.items, condition="random-3").empty
+    assert set(chosen(scores.items, condition="random-0")["factor"]) == {"p_max"}
+
+
+def test_what_is_left_out_is_counted(scores: SteeringScores) -> None:
+    dropped = scores.dropped.set_index(["base", "target"])
+    assert len(dropped) == 12
+    # Two animal facts have their slot in the middle in English and in Japanese.
+    assert dropped.loc[("en", "fr")].to_dict() == {
+        "scored": 3, "identical": 0, "skipped": 2, "missing": 0, "unscorable": 0,
+    }  # fmt: skip
+    # Roma.
+    assert dropped.loc[("fr", "sw")].to_dict() == {
+        "scored": 4, "identical": 1, "skipped": 0, "missing": 0, "unscorable": 0,
+    }  # fmt: skip
+    assert dropped.loc[("ja", "sw"), "skipped"] == 2
+
+
+def test_mid_template_can_be_cut(parts, facts) -> None:
+    _, model, neurons, stats = parts
+    found = language_steering_shift(
+        model, neurons, stats, facts, ["=0"], mid_template="truncate", random_draws=0, progress=False
+    )
+    assert found.dropped.set_index(["base", "target"]).loc[("en", "fr"), "scored"] == 5
+
+
+def test_matrix_and_means(scores: SteeringScores) -> None:
+    assert tuple(scores.items.columns) == COLUMNS
+    matrix = scores.matrix("p_max")
+    assert list(matrix.index) == list(matrix.columns) == list(LANGUAGES)
+    assert np.isnan(np.diag(matrix)).all()
+    for base, target in itertools.permutations(LANGUAGES, 2):
+        rows = chosen(scores.items, factor="p_max", condition="neurons", metric="lss", base=base, target=target)
+        assert matrix.loc[base, target] == pytest.approx(rows["value"].mean())
+    summary = scores.summary()
+    cells = matrix.to_numpy()
+    assert summary.loc["p_max", "mean"] == pytest.approx(np.nanmean(cells))
+    assert summary.loc["p_max", "cells"] == 12
+    assert summary.loc["p_max", "n"] == 5
+    assert summary.loc["p_max", "margin"] == pytest.approx(np.nanmean(scores.matrix("p_max", metric="margin")))
+    control = [np.nanmean(scores.matrix("p_max", condition=f"random-{draw}")) for draw in range(3)]
+    assert summary.loc["p_max", "control"] == pytest.approx(np.mean(control))
+    assert np.nanmean(scores.matrix("p_max", condition="random")) == pytest.approx(np.mean(control))
+    assert summary.loc["p_max", "control_draws"] == 3
+    assert summary.loc["p_max", "gain"] == pytest.approx(np.nanmean(cells) - np.mean(control))
+    assert np.isnan(summary.loc["=0", "control"])
+    for name in ("", "control_", "gain_"):
+        middle = {"": "mean", "control_": "control", "gain_": "gain"}[name]
+        assert summary.loc["p_max", f"{name}low"] <= summary.loc["p_max", middle] <= summary.loc["p_max", f"{name}high"]
+    columns = scores.by_target("p_max")
+    assert columns["mean"].to_numpy() == pytest.approx(matrix.mean().to_numpy())
+    assert columns["neurons"].tolist() == [scores.settings["neurons"][code] for code in LANGUAGES]
+
+
+def test_the_interval_resamples_facts_for_all_cells_at_once(scores: SteeringScores) -> None:
+    """A slow transcription: draw fact ids with replacement, recompute every cell, average the cells."""
+    rows = chosen(scores.items, factor="p_max", condition="neurons", metric="lss")
+    table = rows.pivot_table(index=["base", "target"], columns="item", values="value", observed=True).to_numpy()
+    draw = np.random.default_rng(0)
+    means = []
+    for _ in range(1500):
+        drawn = table[:, draw.integers(0, table.shape[1], size=table.shape[1])]
+        means.append(np.mean([row[~np.isnan(row)].mean() for row in drawn if not np.isnan(row).all()]))
+    found = scores.summary(n_resamples=4000).loc["p_max"]
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert high - low > 0.05
+    assert found["low"] == pytest.approx(low, abs=0.02)
+    assert found["high"] == pytest.approx(high, abs=0.02)
+
+
+def test_a_language_without_neurons_shifts_nothing(parts, facts) -> None:
+    _, model, _, stats = parts
+    neurons = make_neurons(tiny_model(add_bos=True)[2], empty=("fr",))
+    found = language_steering_shift(model, neurons, stats, facts, random_draws=1, progress=False)
+    rows = chosen(found.items, target="fr")
+    assert len(rows)
+    assert not rows["value"].any()
+    assert (found.matrix()["fr"].drop("fr") == 0).all()
+    assert found.by_target().loc["fr", ["neurons", "mean", "control"]].tolist() == [0, 0, 0]
+    assert any("no neurons" in note and "fr" in note for note in found.notes)
+    # The other columns are what they are; the empty one counts in the grand mean.
+    assert found.summary().loc["p_max", "cells"] == 12
+
+
+def test_adding_a_factor_or_language_changes_no_other_score(parts, facts, scores: SteeringScores) -> None:
+    _, model, neurons, stats = parts
+    few = language_steering_shift(
+        model, neurons, stats, facts, ["p_max"], languages=["ja"], bases=["sw"], random_draws=2, seed=5, progress=False
+    )
+    names = ["condition", "base", "target", "metric", "item"]
+    for condition in ("neurons", "random-1"):
+        mine = chosen(few.items, condition=condition, metric="margin").set_index(names)["value"]
+        theirs = chosen(scores.items, factor="p_max", condition=condition, metric="margin").set_index(names)["value"]
+        assert len(mine) == 5
+        assert mine.to_numpy() == pytest.approx(theirs.loc[mine.index].to_numpy(), abs=1e-4)
+
+
+def test_a_multiple_of_a_factor(parts, facts) -> None:
+    tiny, model, neurons, stats = parts
+    found = language_steering_shift(
+        model, neurons, stats, facts, "3*p_max", languages=["ja"], bases=["en"], random_draws=0, progress=False
+    )
+    tripled = make_stats(tiny_model(add_bos=True)[2])
+    tripled.text_max.mul_(3)
+    expected = brute_force(corrected, tiny, neurons, tripled, "p_max", "en", "ja")
+    margins = chosen(found.items, metric="margin").set_index("item")["value"]
+    assert margins.to_dict() == pytest.approx(expected, abs=3e-4)
+
+
+def test_pairs_of_languages_without_facts_are_named(parts) -> None:
+    _, model, neurons, stats = parts
+    records = [
+        {
+            "id": 1,
+            "relation": "r",
+            "subject": {"en": "x", "fr": "x", "ja": "x"},
+            "object": {"en": "a", "fr": "a", "ja": "b"},
+        }
+    ]
+    facts = Facts.from_records(records, {"r": dict.fromkeys(("en", "fr", "ja"), "[X] : [Y]")})
+    found = language_steering_shift(model, neurons, stats, facts, random_draws=0, progress=False)
+    assert any("en->fr" in note and "fr->en" in note for note in found.notes)
+    assert np.isnan(found.matrix().loc["en", "fr"])
+    assert found.summary().loc["p_max", "cells"] == 4
+    with pytest.raises(DataError) as caught:
+        language_steering_shift(
+            model, neurons, stats, facts, languages=["en"], bases=["fr"], random_draws=0, progress=False
+        )
+    sentence(caught.value)
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.jsonl"])
+def test_round_trip(name: str, scores: SteeringScores, tmp_path) -> None:
+    scores.save(tmp_path / name)
+    found = SteeringScores.load(tmp_path / name)
+    pd.testing.assert_frame_equal(found.items, scores.items, check_exact=True)
+    pd.testing.assert_frame_equal(found.summary(), scores.summary(), check_exact=True)
+    pd.testing.assert_frame_equal(found.dropped, scores.dropped)
+    assert found.notes == scores.notes
+    assert dict(found.settings) == dict(scores.settings)
+    assert found.provenance == scores.provenance
+    assert found.provenance.weights
+
+
+def test_repr_is_short(scores: SteeringScores) -> None:
+    text = repr(scores)
+    assert "corrected" in text
+    assert f"p_max {scores.summary().loc['p_max', 'mean']:.3f}" in text
+    assert len(text) < 200
+
+
+def test_wrong_arguments(parts, facts, scores: SteeringScores) -> None:
+    _, model, neurons, stats = parts
+    wrong = [
+        ({"factors": []}, SettingError),
+        ({"factors": ["p_most"]}, SettingError),
+        ({"control_factors": ["=0"]}, SettingError),
+        ({"languages": ["de"]}, DataError),
+        ({"languages": "fr"}, DataError),
+    ]
+    for arguments, error in wrong:
+        with pytest.raises(error) as caught:
+            language_steering_shift(model, neurons, stats, facts, **{"progress": False, **arguments})
+        sentence(caught.value)
+    for call in (
+        lambda: scores.matrix("=max"),
+        lambda: scores.matrix("=0", condition="random"),
+        lambda: scores.matrix(condition="random-7"),
+    ):
+        with pytest.raises(SettingError) as caught:
+            call()
+        sentence(caught.value)
+
+
+def test_neurons_of_another_model_are_refused(parts, facts) -> None:
+    _, model, neurons, stats = parts
+    foreign = dataclasses.replace(neurons, provenance=neurons.provenance.replace(weights="x"))
+    with pytest.raises(ProvenanceError):
+        language_steering_shift(model, foreign, stats, facts, progress=False)
