@@ -51,20 +51,20 @@ class Adapter(ABC):
 
     def __init__(self, model: Model, origin: Origin) -> None:
         """Read the sizes of a model; `lens_neurons.model.adapt` calls this."""
-        self.model = model
+        self.model: Model = model
         self._origin = origin
         config = model.cfg
-        self.name = origin.name
-        self.revision = origin.revision
-        self.n_layers = int(config.n_layers)
-        self.d_model = int(config.d_model)
-        self.d_vocab = int(config.d_vocab)
+        self.name: str = origin.name
+        self.revision: str = origin.revision
+        self.n_layers: int = int(config.n_layers)
+        self.d_model: int = int(config.d_model)
+        self.d_vocab: int = int(config.d_vocab)
         # TransformerBridge's config has a wrong d_mlp for OPT and XGLM, the weight has not.
-        self.d_mlp = int(self.w_out_rows(0).shape[0])
-        self.gated = self._is_gated()
-        self.heads = int(config.n_heads)
-        self.key_value_heads = int(getattr(config, "n_key_value_heads", None) or config.n_heads)
-        self.d_head = int(config.d_head)
+        self.d_mlp: int = int(self.w_out_rows(0).shape[0])
+        self.gated: bool = self._is_gated()
+        self.heads: int = int(config.n_heads)
+        self.key_value_heads: int = int(getattr(config, "n_key_value_heads", None) or config.n_heads)
+        self.d_head: int = int(config.d_head)
         self._probed: set[str] = set()
         self._active: list[tuple[str, ...]] = []
         self._points: dict[str, Any] = {}

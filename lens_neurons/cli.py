@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lens_neurons.errors import LensNeuronsError, SettingError
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="lens-neurons",
     help="Find, steer and measure the language-specific neurons of multilingual language models.",
     no_args_is_help=True,

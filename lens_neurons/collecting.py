@@ -105,7 +105,7 @@ class RunningSums:
         """
         self.site = site
         # No hook holds act(gate): it is computed from the gate (design rule 1).
-        self.source = "gate_pre" if site == "gate_act" else site
+        self.source: str = "gate_pre" if site == "gate_act" else site
         self._adapter = adapter
         self._activate: Callable[[Tensor], Tensor] | None = adapter.act_fn if site == "gate_act" else None
         self._texts_kept = texts_kept

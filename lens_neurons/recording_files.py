@@ -46,12 +46,12 @@ class RecordingFolder:
             provenance: What this call would record.
             languages: Its languages in order.
         """
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._provenance = provenance
         self._languages = list(languages)
         identity = {name: getattr(provenance, name) for name in _SAME}
         settings = provenance.extra["recording"]
-        self.identity = sha256_of(json.dumps([identity, settings, self._languages], sort_keys=True))
+        self.identity: str = sha256_of(json.dumps([identity, settings, self._languages], sort_keys=True))
 
     def open(self) -> ActivationStats | None:
         """Return the result if the recording is finished; check everything that is there.

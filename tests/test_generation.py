@@ -231,18 +231,28 @@ def test_stop_strings_end_a_text_and_are_not_part_of_it():
     )
 
 
-def test_rows_that_end_early_leave_the_others_alone(monkeypatch: pytest.MonkeyPatch):
-    """The end-of-text token is one that most rows soon draw, so that the batch shrinks several times."""
-    model = loaded("llama")
-    conditions = conditions_of(model)[:2]
-    settings: dict[str, Any] = {"n": 5, "max_new_tokens": 50, "temperature": 0.8, "seed": 4, "batch_size": 64}
-    free = ln.generate(model, PROMPTS, conditions, **settings)
+def test_the_end_of_text_token_ends_a_row():
+    free = ln.generate(loaded("llama"), PROMPTS, n=6, max_new_tokens=20, temperature=0.8, seed=4)
     common = Counter(token for one in free for token in set(one.tokens)).most_common(1)[0][0]
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama").folder)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(common)
     assert tokenizer.eos_token_id == common
-    other = load_model(tiny("llama").folder, backend="hooked", tokenizer=tokenizer)
-    adapter = adapt(other)
+    model = load_model(tiny("llama").folder, backend="hooked", tokenizer=tokenizer)
+    made = ln.generate(model, PROMPTS, n=6, max_new_tokens=20, temperature=0.8, seed=4)
+    assert sum(one.stopped == "eos" for one in made) >= 5
+    for one, before in zip(made, free, strict=True):
+        if common in before.tokens:
+            assert one.tokens == before.tokens[: before.tokens.index(common)]
+            assert one.stopped == "eos"
+        else:  # what ended the text before does not end it now
+            assert one.tokens[: len(before.tokens)] == before.tokens
+
+
+def test_a_batch_that_shrinks_leaves_the_other_rows_alone(monkeypatch: pytest.MonkeyPatch):
+    model = loaded("llama")
+    adapter = adapt(model)
+    settings: dict[str, Any] = {"n": 5, "max_new_tokens": 40, "temperature": 0.8, "repetition_penalty": 1.2}
+    free = ln.generate(model, PROMPTS, conditions_of(model), batch_size=64, **settings)
     sizes: list[int] = []
     copy = adapter.copy_cache_rows
 
@@ -251,17 +261,15 @@ def test_rows_that_end_early_leave_the_others_alone(monkeypatch: pytest.MonkeyPa
         return copy(cache, rows)
 
     monkeypatch.setattr(adapter, "copy_cache_rows", counted)
-    made = ln.generate(other, PROMPTS, conditions_of(other)[:2], **settings)
-    # The prompts' forwards are spread over the samples once, then the batch shrinks.
-    assert len(sizes) >= 3
+    letters = "aesuo"
+    made = ln.generate(model, PROMPTS, conditions_of(model), batch_size=80, stop=list(letters), **settings)
+    # First the prompts are spread over the samples, then the batch shrinks.
+    assert len(sizes) >= 4
     assert sizes == sorted(sizes, reverse=True)
-    assert sum(one.stopped == "eos" for one in made) > len(made) / 2
     for one, before in zip(made, free, strict=True):
-        if common in before.tokens:
-            assert one.tokens == before.tokens[: before.tokens.index(common)]
-            assert one.stopped == "eos"
-        else:  # what ended the text before does not end it now
-            assert one.tokens[: len(before.tokens)] == before.tokens
+        ends = [before.text.index(letter) for letter in letters if letter in before.text]
+        assert one.text == (before.text[: min(ends)] if ends else before.text)
+        assert one.tokens == before.tokens[: len(one.tokens)]
 
 
 # Prompts.

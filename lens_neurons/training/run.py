@@ -23,7 +23,7 @@ from lens_neurons.errors import ProvenanceError
 from lens_neurons.training.text import BOS, Lines, Source, encode_lines, read_sources, train_tokenizer
 from lens_neurons.training.trainer import STATE, Trainer, TrainingConfig, read_state
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 FIXED = ("languages", "vocabulary", "layers", "d_model", "d_mlp", "heads", "context", "alpha", "held_out", "seed")
 HELD_OUT_LINES = 100

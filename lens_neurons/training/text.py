@@ -200,7 +200,9 @@ class WindowSampler:
     """
 
     def __init__(self, tokens: Mapping[str, Lines], bos: int, alpha: float, seed: int) -> None:
-        self.tokens, self.bos, self.seed = tokens, bos, seed
+        self.tokens: Mapping[str, Lines] = tokens
+        self.bos: int = bos
+        self.seed: int = seed
         weights = np.array([float(starts[-1]) ** alpha for _, starts in tokens.values()])
         self.shares: dict[str, float] = dict(zip(tokens, (weights / weights.sum()).tolist(), strict=True))
         self.cursors: dict[str, list[int]] = {language: [0, 0] for language in tokens}

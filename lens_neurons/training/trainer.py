@@ -124,12 +124,14 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig, tokens: Mapping[str, Lines], bos: int) -> None:
-        self.config, self.seen, self.step = config, 0, 0
+        self.config: TrainingConfig = config
+        self.seen: int = 0
+        self.step: int = 0
         self.losses: dict[str, Any] = {"training": math.log(config.vocabulary)}
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(automatic if config.device == "auto" else config.device)
-        self.sampler = WindowSampler(tokens, bos, config.alpha, config.seed)
-        self.weights = {
+        self.device: torch.device = torch.device(automatic if config.device == "auto" else config.device)
+        self.sampler: WindowSampler = WindowSampler(tokens, bos, config.alpha, config.seed)
+        self.weights: dict[str, torch.Tensor] = {
             name: weight.to(self.device).requires_grad_()
             for name, weight in initial_weights(config.llama, config.seed).items()
         }
@@ -252,7 +254,9 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Continue from what ``save`` wrote."""
         state, tensors = read_state(folder), load_file(folder / STATE)
-        self.seen, self.step, self.losses = state["seen"], state["step"], state["losses"]
+        self.seen = state["seen"]
+        self.step = state["step"]
+        self.losses = state["losses"]
         self.sampler.cursors = state["cursors"]
         for name, weight in self.weights.items():
             weight.copy_(tensors[f"weight/{name}"])

@@ -248,9 +248,8 @@ def measure_memory(shape, way):
     size = SIZES[shape][-1]
     batch, shard = make_batch(size, SHAPES[shape]["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
-        small, times = Path(folder) / "en.txt", 40
-        with small.open("w", encoding="utf-8") as stream:
-            for i in range(times * (10 if way.endswith("x 10") else 1)):
+        with (Path(folder) / "en.txt").open("w", encoding="utf-8") as stream:
+            for i in range(1000 if way.endswith("x 10") else 100):
                 stream.write(SAMPLE_TEXTS[i % len(SAMPLE_TEXTS)] + "\n")
         corpus = Corpus.from_files(folder)
         calls = {
