@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 
-from lens_neurons import figures
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.corpus import Corpus
 from lens_neurons.evaluation.contexts import TopTexts, top_texts
@@ -347,11 +346,10 @@ def _report(result: DemoResult, stats: ActivationStats, shown: Generations, exam
         f"{settings}. Scores: {what}, the 30 held-out sentences, and unprompted samples under {result.preset.forcing}. "
         "The preset was chosen on other facts and sentences. Nothing here is precomputed.",
         "All bars are met." if not missed else f"Bars missed: {', '.join(missed)}.",
-        result.tables()["Bars"],
+        ("Bars", result.tables()["Bars"]),
         stats,
         result.neurons,
         result.lss,
-        figures.lss_factors(result.lss),
         result.forcing,
         result.silencing,
         shown,

@@ -174,7 +174,7 @@ def finish(fig: go.Figure, style: Style, title: str, subtitle: str, height: int,
         "paper_bgcolor": style.paper,
         "plot_bgcolor": style.paper,
         "xaxis": axis,
-        "yaxis": axis,
+        "yaxis": {**axis, "ticklabelstandoff": 4},
         "hoverlabel": {
             "font": {"family": _FONT, "color": style.ink},
             "bgcolor": style.paper,

@@ -298,7 +298,7 @@ def lss(
     subtitle = f"grand mean {estimate(row)} over {int(there.sum())} pairs"
     if np.isfinite(row["control"]):
         subtitle += f"; random neurons {estimate(row, 'control')}"
-    subtitle += "; brackets: 95% intervals"
+    subtitle += "; [95% intervals]"
     title = f"Language Steering Shift, factor {plain(factor)}"
     finish(fig, style, title, subtitle, AROUND + 30 + ROW * len(rows))
     name_rows(fig, rows)

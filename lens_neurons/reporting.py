@@ -49,7 +49,7 @@ _ABSENT = "–"
 # What a page can hold and a reader can read.
 _MOST_ROWS = 200
 _MOST_PROMPTS = 60
-_CONTEXTS = 3
+_CONTEXTS = 12
 _UNITS = 3
 
 _ABOUT: dict[type, str] = {
@@ -389,13 +389,14 @@ def _generations(generations: Generations) -> tuple[str, list[Block]]:
 
 
 def _contexts(top: TopTexts) -> tuple[str, list[Block]]:
-    most = max(top.items["value"].abs().max(), 1e-9) if len(top.items) else 1.0
+    # The figure has every language; here are the strongest of all.
+    strongest = top.items.sort_values("value", ascending=False, kind="stable").head(_CONTEXTS)
+    most = max(strongest["value"].abs().max(), 1e-9) if len(strongest) else 1.0
     contexts: list[Block] = []
-    for code in top.languages:
-        for row in top.of(code).head(_CONTEXTS).to_dict(orient="records"):
-            weight = round(0.15 + 0.6 * max(float(row["value"]), 0.0) / most, 2)
-            label = f"{_cell(code, 'language')}, value {row['value']:.3g}"
-            contexts.append({**row, "label": label, "weight": weight})
+    for row in strongest.to_dict(orient="records"):
+        weight = round(0.15 + 0.6 * max(float(row["value"]), 0.0) / most, 2)
+        label = f"{_cell(row['language'], 'language')}, value {row['value']:.3g}"
+        contexts.append({**row, "label": label, "weight": weight})
     blocks = [_figure(figures.top_texts(top)), _table(top.summary(), "The unit's value by language")]
     return f"Unit L{top.layer}.N{top.index}", [*blocks, {"kind": "contexts", "contexts": contexts}]
 

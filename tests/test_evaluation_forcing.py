@@ -55,7 +55,7 @@ def test_distinct_and_repetition() -> None:
     assert distinct_share("的的的的") == 1 / 3
     assert distinct_share("word") == distinct_share("") == 0.0
     assert repetition("a b c d e f g h") == 0.0
-    assert repetition("a b c d a b c d") == 1 / 5
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert repetition("x x x x x x x") == 3 / 4
     assert repetition("a b c") == 0.0
 
@@ -121,7 +121,7 @@ def judged(parts, monkeypatch: pytest.MonkeyPatch) -> ForcingScores:
     guesses = {GOOD: ("fr", 0.9), SAME: ("fr", 0.99), WRONG: ("en", 0.8), UNSURE: ("fr", 0.5), RARE: ("fr", 0.7)}
     tokens = {text: tuple(tiny.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in guesses}
     tokens[""] = ()
-    # The likeliest token again and again, and the unlikeliest: real differences under the model.
+    # The tokens that the model likes least, as if they were this text's.
     nll = {text: expected_nll(tiny, ids) for text, ids in tokens.items() if ids}
     rare = min((token for token in range(10, 300)), key=lambda token: -expected_nll(tiny, (token, token, token)))
     tokens[RARE] = (rare, rare, rare)

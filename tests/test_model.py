@@ -216,11 +216,8 @@ def test_gpt2_without_n_ctx(tmp_path: Path):
     assert adapter.n_ctx == N_CTX
 
 
-@pytest.mark.bridge
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_hf_model_in_memory(backend: str):
-    if backend == "hooked" and HookedTransformer is None:
-        pytest.skip("TransformerLens 4 has no HookedTransformer")
     made = tiny("qwen2")
     mine = build_model("qwen2", seed=3)
     expected = log_probs(mine, ROWS[1])

@@ -27,10 +27,12 @@ from lens_neurons.storage import SCHEMA, Provenance, load_json, require_kind, sa
 KIND = "top_texts"
 COLUMNS = ("language", "rank", "value", "before", "token", "after", "text", "position")
 
+SUMMARY = ("n", "positive", "mean", "max")
+
 # What a byte that is no whole character decodes to.
 _BROKEN = "\ufffd"
-# A character has at most four bytes, so at most three tokens beside one complete it.
-_NEIGHBOURS = 3
+# A token may be a byte of one character, or the end of one and the beginning of another: this many more are tried.
+_NEIGHBOURS = 6
 # Texts are read in runs of this many, so that a long corpus is never in memory.
 _TEXTS_AT_ONCE = 512
 
@@ -105,7 +107,8 @@ class TopTexts:
         if _checksum(body) != header["sha256"]:
             raise StorageError(f"{path} fails its checksum: the file was changed or damaged; make it again.")
         site, layer, index = body["unit"]
-        summary = pd.DataFrame(body["summary"]).set_index("language")
+        # JSON's keys are in alphabetical order.
+        summary = pd.DataFrame(body["summary"]).set_index("language").loc[:, list(SUMMARY)]
         items = pd.DataFrame(body["items"], columns=list(COLUMNS))
         return cls(items, summary, layer, index, site, body["corpus"], Provenance.from_dict(body["provenance"]))
 
@@ -195,14 +198,14 @@ def _context(info: TokenizerInfo, ids: Sequence[int], position: int, window: int
     def text(start: int, stop: int) -> str:
         return str(info.tokenizer.decode(list(ids[start:stop]), skip_special_tokens=True))
 
-    # BOS has no text, so it can stay in what is decoded.
-    start, stop = position, position + 1
-    for _ in range(_NEIGHBOURS):
-        if text(start, stop).startswith(_BROKEN) and start > 0:
-            start -= 1
-    for _ in range(_NEIGHBOURS):
-        if text(start, stop).endswith(_BROKEN) and stop < len(ids):
-            stop += 1
+    # A token may be one byte of a character: the fewest neighbours that make it whole are shown with it.
+    spans = (
+        (position - left, position - left + size)
+        for size in range(1, _NEIGHBOURS + 2)
+        for left in range(min(size, position + 1))
+        if position - left + size <= len(ids)
+    )
+    start, stop = next((span for span in spans if _BROKEN not in text(*span)), (position, position + 1))
     first, last = max(0, position - window), min(len(ids), position + 1 + window)
     # Each part is what it adds to the text before it: a token decoded alone may lose its space.
     whole = text(first, stop)
