@@ -240,7 +240,7 @@ def run_demo(
     )
     lap("lss")
     forcing = forced_share(
-        model, neurons, stats, factor=preset.forcing, n=40 if full else 8, random_draws=5 if full else 2, seed=seed
+        model, neurons, stats, factor=preset.forcing, n=20 if full else 8, random_draws=5 if full else 2, seed=seed
     )
     lap("forcing")
     silencing = perplexity_matrix(

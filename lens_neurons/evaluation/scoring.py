@@ -163,7 +163,9 @@ class _Scorer:
         self._hooks = hooks
         self._pairs = pairs
         self._rows = rows
-        self._whole = [condition.needs_row_statistics for condition in conditions]
+        # A steer context around the scorer may read such statistics too.
+        outside = hooks.steered_by_row_statistics
+        self._whole = [condition.needs_row_statistics or outside for condition in conditions]
 
     def jobs(self, batch_tokens: int) -> Iterator[_Job]:
         """Yield the batches: those that share prompts by length of the prompt, then the others by length."""
