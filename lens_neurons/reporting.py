@@ -197,8 +197,7 @@ def _add_prose(sections: list[dict[str, Any]], heading: str, prose: str) -> None
 
 
 def _citable(parts: Sequence[Part]) -> list[Any]:
-    names: dict[type, str] = {SteeringScores: "lss", PerplexityMatrix: "lape"}
-    return [names.get(type(part), part) for part in parts if isinstance(part, (NeuronSet, *names))]
+    return [part for part in parts if isinstance(part, NeuronSet | SteeringScores | PerplexityMatrix | ForcingScores)]
 
 
 # Blocks: what the template knows how to draw.

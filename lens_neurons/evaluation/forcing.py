@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -87,6 +87,8 @@ class ForcingScores:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     provenance: Provenance = field(default_factory=Provenance)
+
+    task: ClassVar[str] = TASK
 
     @property
     def languages(self) -> tuple[str, ...]:

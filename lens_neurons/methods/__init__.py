@@ -1,13 +1,15 @@
 """Identification methods: one file each, all functions of recorded data, listed in one registry.
 
-Importing a method's file registers it. The functions are not repeated here: a function that bears its module's name
-would be replaced by the module.
+Every file in this folder is imported, which registers what it decorates; so a method is added by adding its file. The
+functions are not repeated here: a function that bears its module's name would be replaced by the module.
 """
 
-from lens_neurons.methods import fixed_count as _fixed_count
-from lens_neurons.methods import lape as _lape
+import importlib
+import pkgutil
+
 from lens_neurons.methods.registry import cite, identify, list_methods, method
 
 __all__ = ["cite", "identify", "list_methods", "method"]
 
-_REGISTERED = (_fixed_count, _lape)
+for _found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_found.name}")

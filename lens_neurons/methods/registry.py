@@ -90,14 +90,26 @@ _TOOLS = {
   eprint = {2507.22581},
   archivePrefix = {arXiv}
 }""",
+    "forcing": """@inproceedings{kojima2024multilingual,
+  title = {On the Multilingual Ability of Decoder-based Pre-trained Language Models: Finding and Controlling
+           Language-Specific Neurons},
+  author = {Kojima, Takeshi and Okimura, Itsuki and Iwasawa, Yusuke and Yanaka, Hitomi and Matsuo, Yutaka},
+  booktitle = {Proceedings of the 2024 Conference of the North American Chapter of the Association for Computational
+               Linguistics},
+  year = {2024},
+  eprint = {2404.02431},
+  archivePrefix = {arXiv}
+}""",
 }
+# The matrix of perplexity changes is the LAPE paper's.
+_SAME_PAPER = {"perplexity": "lape"}
 
 
 def cite(*results: Any) -> str:
     """Return BibTeX entries for the methods behind some results.
 
     Args:
-        *results: Neuron sets (their method), method names, or scores with a `task` attribute ("lss").
+        *results: Neuron sets (their method), scores (their `task`: "lss", "forcing", "perplexity"), or such names.
     """
     entries: dict[str, str] = {}
     for result in results:
@@ -107,6 +119,7 @@ def cite(*results: Any) -> str:
             name = str(result.method.get("like", {}).get("name", name))
         elif not name:
             name = str(getattr(result, "task", ""))
+        name = _SAME_PAPER.get(name, name)
         text = _METHODS[name].bibtex if name in _METHODS else _TOOLS.get(name, "")
         if text:
             entries[name] = text
