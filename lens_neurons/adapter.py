@@ -103,6 +103,11 @@ class Adapter(ABC):
         return describe_tokenizer(self._origin.tokenizer, self.n_ctx, self.d_vocab, self._origin.prepends_bos)
 
     @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text; none where neither the model nor its tokenizer names one."""
+        return self._origin.ending_ids()
+
+    @functools.cached_property
     def processed(self) -> bool:
         """Whether the weights look folded or centred, as TransformerLens's `from_pretrained` makes them."""
         if self._origin.raw:
@@ -250,9 +255,8 @@ class Adapter(ABC):
             self._check_shape(site, layer, values, tuple(tokens.shape))
         if MLP_SITES & set(missing):
             for layer in range(self.n_layers):
-                self._check_identity(
-                    layer, {site: caught[site, layer][0] for site in MLP_SITES if (site, layer) in caught}
-                )
+                values_of = {site: caught[site, layer][0] for site in MLP_SITES if (site, layer) in caught}
+                self._check_identity(layer, values_of)
         self._probed.update(missing)
 
     def _check_shape(self, site: str, layer: int, values: Sequence[Tensor], expected: tuple[int, ...]) -> None:
@@ -312,8 +316,7 @@ class Adapter(ABC):
             final = {name for name in names if _layer_of(name) == last}
             # A hook outside the blocks may fire at the very end, so nothing is cut off then.
             if last_layer is None and len(layers) < len(names):
-                final = set[str]()
-                last = self.n_layers - 1
+                final, last = set[str](), self.n_layers - 1
             self._run_layers(tokens.to(self.device), mask.to(self.device), last, final)
 
     @torch.no_grad()

@@ -244,24 +244,37 @@ def encode(
 ) -> Iterator[list[Piece]]:
     """Yield the pieces of each text: one, or several under overflow="split", or none for a text without tokens.
 
+    Every text stands alone here; `pack` is for `iter_shards`.
+
     Raises:
         DataError: A text is longer than allowed under overflow="error".
     """
+    alone = dataclasses.replace(policy, pack=False)
+    return (pieces for pieces, _ in _encoded(info, texts, alone, first_index))
+
+
+def _encoded(
+    info: TokenizerInfo, texts: Iterable[str], policy: TokenPolicy, first_index: int
+) -> Iterator[tuple[list[Piece], bool]]:
+    """Yield the pieces of each text and whether its end was cut off; under `pack` a text is one piece of any length."""
     limit = _limit(info, policy)
     start = info.bos(policy.bos) if policy.chat == "none" else ()
     room = limit - len(start)
     for index, text in enumerate(texts, first_index):
         ids = _chat_ids(info, text) if policy.chat == "template" else plain_ids(info, text)
         special_ids = set(info.tokenizer.all_special_ids) if policy.chat == "template" else set[int]()
-        if len(ids) > room and policy.overflow == "error":
+        # Packed texts are cut where a context ends, not each by itself: the overflow rule does not apply to them, and
+        # BOS stands at a text's beginning only.
+        too_long = len(ids) > room and not policy.pack
+        if too_long and policy.overflow == "error":
             raise DataError(
                 f"text {index} has {len(ids) + len(start)} tokens, more than the {limit} allowed; shorten it or use "
                 "overflow='truncate' or 'split'."
             )
-        chunks = [ids[at : at + room] for at in range(0, len(ids), room)]
-        if policy.overflow == "truncate":
-            chunks = chunks[:1]
-        yield [
+        was_cut = too_long and policy.overflow == "truncate"
+        size = room if too_long else max(len(ids), 1)
+        chunks = [ids[at : at + size] for at in range(0, room if was_cut else len(ids), size)]
+        pieces = [
             Piece(
                 index,
                 number,
@@ -270,6 +283,7 @@ def encode(
             )
             for number, chunk in enumerate(chunks)
         ]
+        yield pieces, was_cut
 
 
 def iter_shards(
@@ -296,8 +310,6 @@ def iter_shards(
         skip: Number of texts at the beginning to pass over (they are in finished shards).
     """
     limit = _limit(info, policy)
-    # Packed texts are never cut, so the overflow rule does not apply to them.
-    unpacked = dataclasses.replace(policy, overflow="split") if policy.pack else policy
     held: list[list[Piece]] = []
     size, truncated, split = 0, 0, 0
     first = skip
@@ -308,27 +320,17 @@ def iter_shards(
             pieces = _packed(pieces, limit)
         return Shard(language, first, first + len(held) - 1, pieces, truncated, split)
 
-    for text, pieces in _encoded(info, itertools.islice(texts, skip, None), unpacked, skip):
+    for pieces, was_cut in _encoded(info, itertools.islice(texts, skip, None), policy, skip):
         held.append(pieces)
         size += sum(len(piece.ids) for piece in pieces)
-        if not policy.pack and pieces:
-            split += len(pieces) > 1
-            # Only a text that fills its piece can have been cut, so only then is it tokenised once more.
-            if policy.overflow == "truncate" and len(pieces[0].ids) == limit:
-                truncated += len(plain_ids(info, text)) > limit - len(info.bos(policy.bos))
+        split += len(pieces) > 1
+        truncated += was_cut
         if size >= shard_tokens:
             yield finish()
             first += len(held)
             held, size, truncated, split = [], 0, 0, 0
     if held:
         yield finish()
-
-
-def _encoded(
-    info: TokenizerInfo, texts: Iterable[str], policy: TokenPolicy, first_index: int
-) -> Iterator[tuple[str, list[Piece]]]:
-    mine, theirs = itertools.tee(texts)
-    return zip(mine, encode(info, theirs, policy, first_index), strict=True)
 
 
 def _packed(pieces: Sequence[Piece], limit: int) -> tuple[Piece, ...]:

@@ -130,7 +130,7 @@ def _preset_of(name: str) -> str | None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the tables.")] = Path("lens-neurons-demo"),
     full: Annotated[
-        bool, typer.Option("--full", help="All facts and factors; exit code 1 if a bar is missed.")
+        bool, typer.Option("--full", help="All facts with even ids, all factors; exit code 1 if a bar is missed.")
     ] = False,
     records: Annotated[Path | None, typer.Option(help="Folder to write every item into.")] = None,
     seed: Seed = 0,
@@ -168,6 +168,9 @@ def record(
     max_tokens: Annotated[int | None, typer.Option(help="Longest piece of a text in tokens.")] = None,
     overflow: Annotated[str, typer.Option(help="truncate, split or error.")] = "truncate",
     pack: Annotated[bool, typer.Option("--pack", help="Concatenate texts to full contexts (LAPE).")] = False,
+    chat: Annotated[str, typer.Option(help="none, or template: each text as a user's message.")] = "none",
+    site: Annotated[str, typer.Option(help="gate_act, post, gate_pre, up, q, k, v, attn_out or mlp_out.")] = "gate_act",
+    texts_kept: Annotated[int, typer.Option(help="Texts a language whose means give p_max and its like.")] = 100,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 4096,
     dtype: Dtype = None,
     device: Device = None,
@@ -178,7 +181,7 @@ def record(
     from lens_neurons.recording import record as run
 
     texts = _load_corpus(corpus, languages, field, limit)
-    policy: dict[str, Any] = {"bos": bos, "overflow": overflow}  # record checks them
+    policy: dict[str, Any] = {"bos": bos, "overflow": overflow, "chat": chat, "site": site}  # record checks them
     stats = run(
         _load_model(model, dtype, device, backend),
         texts,
@@ -186,6 +189,7 @@ def record(
         **policy,
         max_tokens=max_tokens,
         pack=pack,
+        texts_kept=texts_kept,
         batch_tokens=batch_tokens,
     )
     _emit(stats.to_frame(), as_json, f"Recorded to {out}", path=str(out))
@@ -257,11 +261,17 @@ def evaluate(
     score: Annotated[str, typer.Argument(help="lss, perplexity or forcing.")],
     neurons: Annotated[Path, typer.Argument(help="A neuron set.")],
     stats: Annotated[Path, typer.Argument(help="The recording that it came from.")],
-    out: Annotated[Path, typer.Option(help="Folder for the scores.")] = Path("scores"),
+    out: Annotated[Path, typer.Option(help="File for the scores: .parquet or .jsonl.")] = Path("scores.parquet"),
     model: Model = "demo",
-    factor: Annotated[list[str] | None, typer.Option(help="Factor; may be given several times.")] = None,
+    factor: Annotated[list[str] | None, typer.Option(help="LSS: one or several; forcing: one; else none.")] = None,
     languages: Annotated[str | None, typer.Option(help="Comma-separated codes; default: all of the set.")] = None,
-    variant: Annotated[str, typer.Option(help="LSS: corrected or published.")] = "corrected",
+    variant: Annotated[str | None, typer.Option(help="LSS: corrected (default) or published.")] = None,
+    facts: Annotated[
+        str | None, typer.Option(help="LSS: JSON Lines files with {code} in the name; default: the packaged facts.")
+    ] = None,
+    bases: Annotated[str | None, typer.Option(help="LSS: comma-separated languages of the prompts.")] = None,
+    mid_template: Annotated[str | None, typer.Option(help="LSS: skip, truncate or published.")] = None,
+    random_draws: Annotated[int, typer.Option(help="Draws of random neurons.")] = 5,
     corpus: Annotated[str, typer.Option(help="Texts for perplexity, as in `record`.")] = "packaged:held_out",
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -274,23 +284,38 @@ def evaluate(
     from lens_neurons.evaluation.forcing import forced_share
     from lens_neurons.evaluation.lss import language_steering_shift
     from lens_neurons.evaluation.perplexity import perplexity_matrix
+    from lens_neurons.facts import Facts
     from lens_neurons.neurons import NeuronSet
 
     if score not in ("lss", "perplexity", "forcing"):
         raise SettingError(f"'{score}' is no score; use lss, perplexity or forcing.")
-    chosen, recording = NeuronSet.load(neurons), ActivationStats.load(stats)
-    codes = languages.split(",") if languages else list(chosen.languages)
-    chosen = chosen.select(codes)
-    loaded = _load_model(model, dtype, device, backend)
     factors = factor or ["p_max"]
-    settings: dict[str, Any] = {"variant": variant, "seed": seed}
+    only_lss = {"--variant": variant, "--facts": facts, "--bases": bases, "--mid-template": mid_template}
+    unused = [name for name, value in only_lss.items() if value is not None and score != "lss"]
+    unused += ["--factor"] if factor and score == "perplexity" else []
+    if unused:
+        raise SettingError(f"{', '.join(unused)} does nothing for {score}; leave it out.")
+    if score == "forcing" and len(factors) > 1:
+        raise SettingError("forcing takes one factor; call it once for each.")
+    chosen, recording = NeuronSet.load(neurons), ActivationStats.load(stats)
+    loaded = _load_model(model, dtype, device, backend)
+    # The whole set goes in, so that random draws keep away from every language's neurons.
+    settings: dict[str, Any] = {
+        "languages": languages.split(",") if languages else None,
+        "random_draws": random_draws,
+        "seed": seed,
+    }
     result: Any
     if score == "lss":
+        if facts is not None:
+            settings["facts"] = Facts.from_dataset("json", languages=list(chosen.languages), data_files=facts)
+        settings |= {"variant": variant or "corrected", "mid_template": mid_template}
+        settings["bases"] = bases.split(",") if bases else None
         result = language_steering_shift(loaded, chosen, recording, factors=factors, **settings)
     elif score == "perplexity":
-        result = perplexity_matrix(loaded, chosen, _load_corpus(corpus, ",".join(codes), "text", None), seed=seed)
+        result = perplexity_matrix(loaded, chosen, _load_corpus(corpus, None, "text", None), **settings)
     else:
-        result = forced_share(loaded, chosen, recording, factor=factors[0], seed=seed)
+        result = forced_share(loaded, chosen, recording, factor=factors[0], **settings)
     result.save(out)
     _emit(result.summary(), as_json, f"{score}, written to {out}", path=str(out))
 
@@ -300,12 +325,16 @@ def report(
     parts: Annotated[list[Path], typer.Argument(help="Recordings, neuron sets and scores.")],
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its title.")] = "Language-specific neurons",
+    as_json: Json = False,
 ) -> None:
     """Write one offline HTML report of saved recordings, neuron sets and scores."""
     from lens_neurons.reporting import load_part, write_report
 
     write_report([load_part(part) for part in parts], out, title=title)
-    Console().print(f"Report: {out}")
+    if as_json:
+        sys.stdout.write(json.dumps({"path": str(out)}) + "\n")
+    else:
+        Console().print(f"Report: {out}")
 
 
 @app.command()

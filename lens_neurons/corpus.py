@@ -192,7 +192,7 @@ class Corpus:
         *,
         languages: Sequence[str] | None = None,
         config: str | Mapping[str, str] | None = None,
-        split: str = "train",
+        split: str | None = None,
         field: str | None = None,
         data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
         revision: str | None = None,
@@ -207,7 +207,7 @@ class Corpus:
             languages: Languages to take; needed unless `data_files` or `config` is a mapping by language.
             config: Configuration name: a string with `{code}`, `{flores}` or `{name}` in it, or a mapping
                 language to name.
-            split: Split name.
+            split: Split name; default: the preset's, or "train".
             field: Column with the text; `{code}` and `{flores}` are filled in.
             data_files: Local files: a pattern with `{code}` or `{flores}`, or a mapping language to file(s).
             revision: Revision on the hub.
@@ -226,7 +226,7 @@ class Corpus:
             settings |= PRESETS[preset]
         settings["config"] = config if config is not None else settings["config"]
         settings["field"] = field or settings["field"]
-        settings["split"] = split if split != "train" else settings["split"]
+        settings["split"] = split if split is not None else settings["split"]
         by_language = next((entry for entry in (data_files, config) if isinstance(entry, Mapping)), None)
         labels = list(languages or by_language or ())
         if not labels:

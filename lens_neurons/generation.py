@@ -232,7 +232,6 @@ class _Batch:
         self._rows = rows
         self._settings = settings
         self._texts = [_Text(adapter.tokens.tokenizer, row.ids, settings.stop) for row in rows]
-        self._eos: int | None = adapter.tokens.tokenizer.eos_token_id
 
     def run(self) -> list[tuple[tuple[int, ...], str, Stopped]]:
         """Return tokens, text and what ended it, a row."""
@@ -254,7 +253,7 @@ class _Batch:
             numbers = None if uniform is None else uniform[:, step]
             tokens = choose_tokens(logits, settings, history[:, : width + step], numbers)
             for i, token in zip(here, tokens.tolist(), strict=True):
-                self._texts[i].take(token, self._eos)
+                self._texts[i].take(token, adapter.eos_ids)
             alive = [place for place, i in enumerate(here) if self._texts[i].stopped is None]
             if not alive or step + 1 == settings.max_new_tokens:
                 break
@@ -317,11 +316,11 @@ class _Text:
         self._tokens: list[int] = []
         self.stopped: Stopped | None = None
 
-    def take(self, token: int, eos: int | None) -> None:
+    def take(self, token: int, eos: tuple[int, ...]) -> None:
         """Add a token, unless the row has ended; see whether it ends now."""
         if self.stopped is not None:
             return
-        if token == eos:
+        if token in eos:
             self.stopped = "eos"
             return
         self._tokens.append(token)

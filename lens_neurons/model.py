@@ -35,7 +35,7 @@ from lens_neurons.hf_config import (
     require_supported,
 )
 from lens_neurons.model_adapters import BridgeAdapter, HookedAdapter
-from lens_neurons.origins import Origin, describe_tokenizer
+from lens_neurons.origins import Origin, describe_tokenizer, generation_eos_ids
 
 # TransformerLens 4 has no HookedTransformer: there the bridge takes every model.
 try:
@@ -128,7 +128,14 @@ def load_model(
     hf_model.eval()
     expected = _hugging_face_log_probs(hf_model, name)
     commit = getattr(config, "_commit_hash", None)
-    origin = Origin(name, commit or revision or "", saved, raw=True, remote_code=trust_remote_code)
+    origin = Origin(
+        name,
+        commit or revision or "",
+        saved,
+        raw=True,
+        remote_code=trust_remote_code,
+        eos_ids=generation_eos_ids(hf_model),
+    )
     model: Model = None
     objection = hooked_objection(config) if _HookedTransformer is not None else "TransformerLens 4 no longer has it"
     if backend != "bridge" and objection is None:

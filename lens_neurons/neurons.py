@@ -1,6 +1,9 @@
 """Neuron sets: which units belong to which language; set algebra, tables, files, random controls."""
 
 import os
+import pickle
+import struct
+import tarfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +24,27 @@ Metric = Literal["jaccard", "count", "dice"]
 # What must agree between a neuron set and the model it is used on (design rule 10).
 _SHAPE_FIELDS = ("n_layers", "d_mlp")
 _MODEL_FIELDS = ("weights", "dtype", "revision", "tokenizer")
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+# What torch.load raises on bytes that are no file of its own, or only the beginning of one.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    tarfile.TarError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -380,12 +404,17 @@ class NeuronSet:
             site: Where the units live.
 
         Raises:
-            StorageError: The file does not exist or does not hold such lists.
+            StorageError: The file does not exist, is damaged, or does not hold such lists of integers.
             DataError: Its numbers of languages or layers, or its indices, do not fit.
         """
         if not Path(path).is_file():
             raise StorageError(f"{path} does not exist; give the path of a published .pth file.")
-        entries: Any = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            entries: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            raise StorageError(
+                f"{path} cannot be read as a .pth file ({type(error).__name__}); it is damaged or of another kind."
+            ) from error
         if not isinstance(entries, list) or not all(isinstance(entry, list) for entry in entries):
             raise StorageError(f"{path} holds no list[language][layer] of tensors; expected a published neuron file.")
         if len(entries) != len(languages):
@@ -398,8 +427,19 @@ class NeuronSet:
                 raise DataError(f"{path} has {len(layers)} layers for '{label}', but shape says {shape[0]}.")
             mask = torch.zeros(shape, dtype=torch.bool)
             for layer, indices in enumerate(layers):
-                if indices.numel() and int(indices.max()) >= shape[1]:
-                    raise DataError(f"{path}: index {int(indices.max())} does not fit a layer of {shape[1]} neurons.")
-                mask[layer, indices.long()] = True
+                mask[layer, _published_indices(path, indices, shape[1])] = True
             masks[label] = mask
         return cls.from_masks(masks, site=site, method={"name": "published", "file": Path(path).name})
+
+
+def _published_indices(path: str | os.PathLike[str], entry: Any, width: int) -> Int64[Tensor, " unit"]:
+    # An empty list becomes a float tensor where nobody says otherwise.
+    if isinstance(entry, Tensor) and entry.numel() == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    if not isinstance(entry, Tensor) or entry.dtype not in _INTEGERS or entry.dim() != 1:
+        raise StorageError(f"{path} holds an entry that is no list of integers; expected a published neuron file.")
+    indices = entry.to(torch.int64)
+    for index in (int(indices.min()), int(indices.max())):
+        if not 0 <= index < width:
+            raise DataError(f"{path}: index {index} does not fit a layer of {width} neurons; check shape and file.")
+    return indices

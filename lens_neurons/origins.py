@@ -27,6 +27,7 @@ class Origin:
         raw: Whether the weights are known to be the unprocessed Hugging Face values.
         remote_code: Whether code from the hub was allowed to run.
         prepends_bos: Whether a text gets BOS, where the tokenizer at hand cannot show it.
+        eos_ids: The tokens that end a text by the model's generation config; instruct models list several.
     """
 
     name: str
@@ -35,6 +36,25 @@ class Origin:
     raw: bool = False
     remote_code: bool = False
     prepends_bos: bool | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def ending_ids(self) -> tuple[int, ...]:
+        """Return the tokens that end a text: those of `eos_ids` that the tokenizer has, or its own EOS token."""
+        if self.tokenizer is None:
+            return ()
+        calls: Any = self.tokenizer
+        vocabulary = set(calls.get_vocab().values())
+        known = tuple(i for i in self.eos_ids if i in vocabulary)
+        own: int | None = calls.eos_token_id
+        return known or (() if own is None else (own,))
+
+
+def generation_eos_ids(hf_model: Any) -> tuple[int, ...]:
+    """Return the EOS ids in a Hugging Face model's generation config, none where it names none."""
+    ids: int | list[int] | None = getattr(getattr(hf_model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(int(i) for i in ids)
 
 
 def describe_tokenizer(

@@ -54,11 +54,11 @@ class RecordingFolder:
         self.identity: str = sha256_of(json.dumps([identity, settings, self._languages], sort_keys=True))
 
     def open(self) -> ActivationStats | None:
-        """Return the result if the recording is finished; check everything that is there.
+        """Return the result if the recording is finished; it has a checksum of its own, so no shard is read for it.
 
         Raises:
             ProvenanceError: It is of another model, corpus, data type, policy or plan; both values are named.
-            StorageError: A file is damaged, or the folder holds something else.
+            StorageError: The manifest or the result is damaged, or the folder holds something else.
         """
         if not (self.path / _MANIFEST).exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -67,8 +67,6 @@ class RecordingFolder:
                 )
             return None
         self._require_same()
-        for file in sorted((self.path / "shards").glob("*.safetensors")):
-            self.load_shard(file)
         result = self.path / FILE_NAME
         return ActivationStats.load(result) if result.exists() else None
 

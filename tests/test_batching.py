@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import N_CTX, SAMPLE_TEXTS, build_tokenizer
 
+from lens_neurons import batching
 from lens_neurons.batching import (
     Piece,
     TokenizerInfo,
@@ -188,6 +189,36 @@ def test_shards_count_what_was_cut_or_split():
     assert (sum(s.truncated for s in cut), sum(s.split for s in cut)) == (longer, 0)
     split = shards_of(info, SAMPLE_TEXTS, TokenPolicy(max_tokens=limit, overflow="split"))
     assert (sum(s.truncated for s in split), sum(s.split for s in split)) == (0, longer)
+
+
+def test_shards_count_what_was_cut_of_a_chat():
+    info = make_info()
+    info.tokenizer.chat_template = CHAT
+    plain_length = len(plain(info, SAMPLE_TEXTS[0]))
+    whole = len(encode_prompt(info, SAMPLE_TEXTS[0], chat="template"))
+    assert whole > plain_length + 1
+    for limit, cut in ((plain_length + 1, 1), (whole - 1, 1), (whole, 0)):
+        (shard,) = shards_of(info, SAMPLE_TEXTS[:1], TokenPolicy(chat="template", max_tokens=limit), 1000)
+        assert (shard.truncated, shard.split) == (cut, 0)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_every_text_is_tokenised_once(cut, monkeypatch):
+    info, seen = make_info(), []
+    monkeypatch.setattr(batching, "plain_ids", lambda _, text: seen.append(text) or [9] * 20)
+    shards_of(info, SAMPLE_TEXTS, TokenPolicy(max_tokens=8 if cut else 21))
+    assert seen == list(SAMPLE_TEXTS)
+
+
+def test_bos_stands_only_at_the_beginning_of_a_packed_text():
+    info = make_info(n_ctx=8)
+    texts = [SAMPLE_TEXTS[0] * 2, "rain", SAMPLE_TEXTS[1] * 3]
+    (shard,) = shards_of(info, texts, TokenPolicy(pack=True), 1000)
+    stream = [token for piece in shard.pieces for token in piece.ids]
+    assert stream == [token for text in texts for token in (info.bos_id, *plain(info, text))]
+    assert min(len(plain(info, text)) for text in (texts[0], texts[2])) > 8
+    marked = [piece.ids[i] for piece in shard.pieces for i in piece.special]
+    assert marked == [info.bos_id] * 3
 
 
 @pytest.mark.parametrize("overflow", ["truncate", "split", "error"])

@@ -4,6 +4,7 @@ import unicodedata
 
 import pytest
 
+from lens_neurons import corpus as corpus_module
 from lens_neurons.corpus import Corpus
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.languages import DEMO_LANGUAGES
@@ -88,6 +89,18 @@ def test_datasets_json_gzipped_and_plain(tmp_path):
         Corpus.from_dataset("json")
     with pytest.raises(SettingError, match="preset='x' is unknown"):
         Corpus.from_dataset("json", data_files=files, preset="x")
+
+
+@pytest.mark.parametrize(
+    ("preset", "split", "expected"),
+    [("flores+", None, "dev"), ("flores+", "train", "train"), ("flores+", "devtest", "devtest"), (None, None, "train")],
+)
+def test_an_explicit_split_wins_over_the_preset(monkeypatch, preset, split, expected):
+    asked = []
+    monkeypatch.setattr(corpus_module, "load_rows", lambda chosen: asked.append(chosen["split"]) or iter(()))
+    made = Corpus.from_dataset("openlanguagedata/flores_plus", languages=["en"], preset=preset, split=split)
+    assert list(made.texts("en")) == []
+    assert asked == [expected]
 
 
 def test_flores_and_ntrex_from_shared_data(shared):

@@ -1,6 +1,6 @@
 import pytest
 
-from lens_neurons.demo_run import ALL_FACTORS, PRESET, PUBLISHED, QUICK_FACTS, WELL_FED, DemoResult, _bars
+from lens_neurons.demo_run import ALL_FACTORS, PRESET, PUBLISHED, QUICK_FACTS, WELL_FED, DemoResult, _bars, quick_facts
 from lens_neurons.facts import Facts
 from lens_neurons.languages import DEMO_LANGUAGES
 from lens_neurons.methods import list_methods
@@ -29,7 +29,12 @@ def result(tmp_path_factory):
 
 
 def test_the_quick_facts_are_facts_with_even_ids():
-    assert set(QUICK_FACTS) <= {fact.id for fact in Facts.packaged().even().items}
+    even = Facts.packaged().even()
+    ids = [fact.id for fact in quick_facts(even, 0).items]
+    assert len(ids) == QUICK_FACTS
+    assert set(ids) <= {fact.id for fact in even.items}
+    assert ids == [fact.id for fact in quick_facts(even, 0).items]
+    assert any(ids != [fact.id for fact in quick_facts(even, seed).items] for seed in (1, 2, 3))
 
 
 def test_the_presets_are_of_known_methods():

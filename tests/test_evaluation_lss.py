@@ -17,7 +17,9 @@ from evaluation_oracle import (
 )
 from oracle import sentence
 
+from lens_neurons.batching import encode_pair
 from lens_neurons.errors import DataError, ProvenanceError, SettingError
+from lens_neurons.evaluation import questions
 from lens_neurons.evaluation.lss import SteeringScores, language_steering_shift
 from lens_neurons.evaluation.tables import COLUMNS, chosen
 from lens_neurons.facts import Facts
@@ -183,6 +185,26 @@ def test_the_control_is_random_neurons_with_the_targets_values(scores: SteeringS
         assert compare(scores, corrected, tiny, units, stats, "p_max", f"random-{draw}") >= 12
     assert chosen(scores.items, condition="random-3").empty
     assert set(chosen(scores.items, condition="random-0")["factor"]) == {"p_max"}
+
+
+@pytest.mark.parametrize(("variant", "boundary"), [("published", "separate"), ("corrected", "offsets")])
+def test_each_variant_has_its_boundary(variant, boundary, parts, facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny tokenizer never merges over the boundary, so the two would give the same numbers here."""
+    _, model, neurons, stats = parts
+    seen = set()
+
+    def watch(info, prompt, answer, bos, how):
+        seen.add((prompt, answer, how))
+        return encode_pair(info, prompt, answer, bos, how)
+
+    monkeypatch.setattr(questions, "encode_pair", watch)
+    language_steering_shift(
+        model, neurons, stats, facts, languages=["en"], bases=["ja"], variant=variant, random_draws=0, progress=False
+    )
+    assert {how for _, _, how in seen} == {boundary}
+    space = " " if variant == "published" else ""
+    assert ("イタリアの首都は", f"{space}Rome", boundary) in seen
+    assert ("イタリアの首都は", f"{space}ローマ", boundary) in seen
 
 
 def test_what_is_left_out_is_counted(scores: SteeringScores) -> None:

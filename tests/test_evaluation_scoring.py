@@ -107,6 +107,17 @@ def test_only_answer_positions_are_unembedded_and_a_shared_prompt_runs_once(monk
     assert seen == [((1, 5), 1, True), ((2, 2), 3, True)]
 
 
+def test_many_groups_do_not_measure_all_rows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, _ = tiny_model()
+    calls = []
+    pair_of = scoring._Scorer._pair
+    monkeypatch.setattr(scoring._Scorer, "_pair", lambda self, index: calls.append(index) or pair_of(self, index))
+    pairs = [PairEncoding((7, 8, 20 + i, 30), 2) for i in range(24)]
+    answer_logprobs(model, pairs, batch_tokens=1)
+    # A few looks a row; one a row and group would be 24 times as many.
+    assert len(calls) <= 10 * len(pairs)
+
+
 def test_statistics_of_the_forward_see_the_whole_row() -> None:
     """A test-time factor takes its value over prompt and answer, so such rows never share a prompt."""
     tiny, model, adapter = tiny_model()
@@ -159,6 +170,16 @@ def test_hears_a_steer_context_and_leaves_the_model_as_it_was() -> None:
     torch.testing.assert_close(inside, answer_logprobs(model, pairs, Condition("off", (off,))), atol=1e-4, rtol=0)
     assert (inside - before).abs().max() > 1e-3
     assert torch.equal(answer_logprobs(model, pairs), before)
+
+
+def test_a_steer_context_with_a_statistic_sees_whole_rows_too() -> None:
+    _, model, adapter = tiny_model()
+    neurons, stats = make_neurons(adapter), make_stats(adapter)
+    largest = factor("=max", neurons["fr"], stats, "fr").intervention(neurons["fr"])
+    pairs = [PairEncoding((7, 8, 9, *answer), 3) for answer in ((20, 21), (30, 31), (40, 300))]
+    with steer(model, largest):
+        inside = answer_logprobs(model, pairs)
+    torch.testing.assert_close(inside, answer_logprobs(model, pairs, Condition("max", (largest,))), atol=1e-5, rtol=0)
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

@@ -1,8 +1,10 @@
 """Our decoding loop against plain transformers, and against itself in other batches."""
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from lens_neurons.errors import DataError, SettingError
 from lens_neurons.interventions import Add, Amplify, Condition, Override, Silence, TestTime
 from lens_neurons.model import adapt, load_model
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.origins import Origin, generation_eos_ids
 from lens_neurons.storage import derive_seed
 
 PROMPTS = ("The cat sat on the mat", "De", "Le chat est assis sur le tapis et regarde la pluie.", "Кошка")
@@ -248,6 +251,37 @@ def test_the_end_of_text_token_ends_a_row():
             assert one.tokens[: len(before.tokens)] == before.tokens
 
 
+def test_every_end_token_of_the_generation_config_ends_a_row():
+    inner, vocabulary = copy.deepcopy(tiny("llama").hf_model), len(tiny("llama").tokenizer)
+    free = ln.generate(loaded("llama"), PROMPTS, n=6, max_new_tokens=20, temperature=0.8, seed=4)
+    ends = [token for token, _ in Counter(token for one in free for token in set(one.tokens)).most_common(2)]
+    # An id that the tokenizer does not have is no end.
+    inner.generation_config.eos_token_id = [*ends, vocabulary + 5]
+    model = load_model(tiny("llama").folder, backend="hooked", hf_model=inner)
+    assert adapt(model).eos_ids == tuple(ends)
+    made = ln.generate(model, PROMPTS, n=6, max_new_tokens=20, temperature=0.8, seed=4)
+    seen = set()
+    for one, before in zip(made, free, strict=True):
+        first = next((i for i, token in enumerate(before.tokens) if token in ends), None)
+        if first is not None:
+            assert (one.tokens, one.stopped) == (before.tokens[:first], "eos")
+            seen.add(before.tokens[first])
+        else:
+            assert one.tokens[: len(before.tokens)] == before.tokens
+    assert seen == set(ends)
+
+
+@pytest.mark.parametrize(("named", "own"), [(None, True), ([9999], True), (7, False), (None, False)])
+def test_end_tokens_fall_back_to_the_tokenizer_s(named: Any, own: bool):
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama").folder)
+    if not own:
+        tokenizer.eos_token = None
+    inner = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named))
+    expected = (7,) if named == 7 else (tokenizer.eos_token_id,) if own else ()
+    assert Origin("x", "", tokenizer, eos_ids=generation_eos_ids(inner)).ending_ids() == expected
+    assert generation_eos_ids(object()) == Origin("x", "", None, eos_ids=(7,)).ending_ids() == ()
+
+
 def test_a_batch_that_shrinks_leaves_the_other_rows_alone(monkeypatch: pytest.MonkeyPatch):
     model = loaded("llama")
     adapter = adapt(model)
@@ -303,7 +337,7 @@ def test_texts_keep_the_space_that_some_tokenizers_drop():
             return "".join(f" w{i}" for i in ids)[1:]
 
     text = generation._Text(Dropping(), [1, 2], ())
-    text.take(3, None)
+    text.take(3, ())
     assert text.end() == ((3,), " w3", "length")
 
 

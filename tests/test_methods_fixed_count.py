@@ -39,6 +39,11 @@ def test_every_language_gets_as_many_and_groups_without_candidates_stay():
     positive["rust"] = torch.zeros_like(positive["rust"])
     found = identify(ActivationStats.from_counts(tokens, positive), "fixed_count", units_per_language=5)
     assert found.counts() == {"c": 5, "python": 5, "rust": 0, "en": 5}
+    (note,) = found.notes
+    assert note.startswith("1 of 4 languages ")
+    assert "fewer than 5 units" in note
+    assert "the bar alone selects" in note
+    assert fixed_count(random_stats(0)[2], units_per_language=2, activation_bar_ratio=0.5).notes == ()
 
 
 def test_bad_settings_are_sentences():

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import sentence
 
 from lens_neurons.errors import DataError, ProvenanceError, SettingError, StorageError
 from lens_neurons.neurons import NeuronSet
@@ -170,3 +171,56 @@ def test_a_published_file_written_here(tmp_path):
     torch.save({"a": 1}, tmp_path / "m.pth")
     with pytest.raises(StorageError, match=r"no list\[language\]\[layer\]"):
         NeuronSet.from_published(tmp_path / "m.pth", languages=["en"], shape=(2, 4))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk",
+        b"hello world\n",
+        b"\x80\x02}q\x00.",
+        b"\x80\x04\x95",
+        b"PK\x03\x04",
+        b"\x00" * 600,
+    ],
+)
+def test_junk_is_no_published_file(tmp_path, content):
+    (tmp_path / "n.pth").write_bytes(content)
+    with pytest.raises(StorageError, match=r"n\.pth") as caught:
+        NeuronSet.from_published(tmp_path / "n.pth", languages=["en"], shape=(1, 4))
+    sentence(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_published_file_that_was_cut_short(tmp_path, share, zipped):
+    path = tmp_path / "n.pth"
+    torch.save([[torch.tensor([1, 3])]], path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(StorageError, match="cannot be read"):
+        NeuronSet.from_published(path, languages=["en"], shape=(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        (torch.tensor([1, -1]), DataError, "index -1 does not fit"),
+        (torch.tensor([1, 4]), DataError, "index 4 does not fit"),
+        (torch.tensor([1.0, 2.0]), StorageError, "no list of integers"),
+        (torch.tensor([True, False, True, False]), StorageError, "no list of integers"),
+        (torch.tensor([[1], [2]]), StorageError, "no list of integers"),
+        ([1, 2], StorageError, "no list of integers"),
+        ("ab", StorageError, "no list of integers"),
+    ],
+)
+def test_published_entries_are_indices(tmp_path, entry, error, message):
+    torch.save([[entry]], tmp_path / "n.pth")
+    with pytest.raises(error, match=message):
+        NeuronSet.from_published(tmp_path / "n.pth", languages=["en"], shape=(1, 4))
+
+
+def test_published_layers_may_be_empty_and_of_any_integer(tmp_path):
+    torch.save([[torch.tensor([]), torch.tensor([2], dtype=torch.int16)]], tmp_path / "n.pth")
+    neurons = NeuronSet.from_published(tmp_path / "n.pth", languages=["en"], shape=(2, 4))
+    assert as_sets(neurons) == {"en": {(1, 2)}}

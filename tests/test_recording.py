@@ -521,7 +521,6 @@ def test_another_recording_in_the_path_is_refused(tmp_path, corpus):
 @pytest.mark.parametrize(
     ("finished", "pattern"),
     [
-        (True, "shards/en-*"),
         (True, "stats*"),
         (True, "manifest.json"),
         (False, "shards/en-*"),
@@ -533,12 +532,21 @@ def test_damage_is_found_and_named(tmp_path, corpus, finished, damage, pattern):
     record(load(), corpus, tmp_path / "r", **SMALL)
     if not finished:
         (tmp_path / "r" / "stats.safetensors").unlink()
+    if pattern.startswith("shards"):  # a finished language is read in place of its shards
+        shutil.rmtree(tmp_path / "r" / "languages")
     file = sorted((tmp_path / "r").glob(pattern))[-1]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
     with pytest.raises(StorageError, match=file.name.replace(".", r"\.")):
         record(load(), corpus, tmp_path / "r", **SMALL)
+
+
+def test_a_finished_recording_is_read_from_its_result_alone(tmp_path, corpus):
+    expected = record(load(), corpus, tmp_path / "r", **SMALL)
+    for file in [*(tmp_path / "r" / "shards").iterdir(), *(tmp_path / "r" / "languages").iterdir()]:
+        file.write_bytes(b"never read")
+    assert_equal(record(load(), corpus, tmp_path / "r", **SMALL), expected)
 
 
 def test_folders_of_other_things_are_refused(tmp_path, corpus):
@@ -551,6 +559,8 @@ def test_folders_of_other_things_are_refused(tmp_path, corpus):
     record(load(), corpus, tmp_path / "two", **{**SMALL, "batch_tokens": 80})
     (name,) = [file.name for file in (tmp_path / "one" / "shards").glob("fr-0-*")]
     shutil.copy(tmp_path / "one" / "shards" / name, tmp_path / "two" / "shards" / name)
+    shutil.rmtree(tmp_path / "two" / "languages")
+    (tmp_path / "two" / "stats.safetensors").unlink()
     with pytest.raises(StorageError, match="belongs to another recording"):
         record(load(), corpus, tmp_path / "two", **{**SMALL, "batch_tokens": 80})
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())

@@ -213,8 +213,8 @@ class _Scorer:
         inputs = [self._inputs(index, job.shared) for index in job.rows]
         # A continuation of one token is scored by its prompt alone.
         there = [i for i, ids in enumerate(inputs) if ids]
+        sizes = [len(self._pair(index).ids) - self._pair(index).answer_start for index in job.rows]
         for group in group_by_length([len(inputs[i]) for i in there], batch_tokens):
-            sizes = [len(self._pair(index).ids) - self._pair(index).answer_start for index in job.rows]
             for part in _bounded([there[i] for i in group], sizes, self._logits_at_once()):
                 rest = None
                 if cache is not None:

@@ -1,5 +1,7 @@
 """Equally many units for every group: the selection of the code-language study (Kargaran et al. 2025)."""
 
+import dataclasses
+
 import torch
 
 from lens_neurons.activation_stats import ActivationStats
@@ -27,7 +29,7 @@ def fixed_count(stats: ActivationStats, units_per_language: int = 400, activatio
 
     Args:
         stats: A recording; only counts are used.
-        units_per_language: Number of units for each language; fewer where fewer are candidates.
+        units_per_language: Number of units for each language; fewer where fewer are candidates, which `notes` says.
         activation_bar_ratio: Quantile of p that a candidate must exceed.
 
     Raises:
@@ -44,15 +46,24 @@ def fixed_count(stats: ActivationStats, units_per_language: int = 400, activatio
     entropy = activation_entropy(probability)
     bar = nth_smallest(probability, activation_bar_ratio)
     masks: dict[str, torch.Tensor] = {}
+    short = 0
     for k, code in enumerate(stats.languages):
         mask = torch.zeros_like(entropy, dtype=torch.bool)
         mask.view(-1)[lowest(torch.where(probability[k] > bar, entropy, torch.inf), units_per_language)] = True
         masks[code] = mask
+        short += int(mask.sum()) < units_per_language
     settings = {"units_per_language": units_per_language, "activation_bar_ratio": activation_bar_ratio}
-    return NeuronSet.from_masks(
+    chosen = NeuronSet.from_masks(
         masks,
         site=stats.site,
         scores=dict.fromkeys(masks, entropy),
         provenance=stats.provenance,
         method={"name": "fixed_count", **settings},
     )
+    if not short:
+        return chosen
+    note = (
+        f"{short} of {len(masks)} languages have fewer than {units_per_language} units above the activation bar, so "
+        "there the bar alone selects"
+    )
+    return dataclasses.replace(chosen, notes=(note,))
