@@ -173,6 +173,7 @@ def test_a_published_file_written_here(tmp_path):
         NeuronSet.from_published(tmp_path / "m.pth", languages=["en"], shape=(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "content",
     [
