@@ -20,6 +20,7 @@ from lens_neurons.errors import ProvenanceError, StorageError
 from lens_neurons.storage import (
     SCHEMA,
     Provenance,
+    is_leftover,
     load_json,
     load_tensors,
     require_kind,
@@ -61,7 +62,11 @@ class RecordingFolder:
             StorageError: The manifest or the result is damaged, or the folder holds something else.
         """
         if not (self.path / _MANIFEST).exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # A call that was killed while it wrote the manifest leaves nothing else.
+            foreign = self.path.exists() and (
+                not self.path.is_dir() or any(not is_leftover(entry) for entry in self.path.iterdir())
+            )
+            if foreign:
                 raise StorageError(
                     f"{self.path} holds something that is no recording; give a new folder, or one made by record."
                 )

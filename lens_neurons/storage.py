@@ -40,6 +40,11 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
+def is_leftover(path: Path) -> bool:
+    """Return whether a file is what a killed `write_atomic` left behind: it never became anything."""
+    return path.name.startswith(".") and path.suffix == ".part"
+
+
 def save_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as indented, key-ordered JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())

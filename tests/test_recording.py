@@ -617,3 +617,16 @@ def test_memory_holds_one_language_of_rows_and_no_text(corpus):
     stats = record(load(), long, **SMALL, texts_kept=5)
     assert stats.notes["languages"]["en"]["text_rows"] == 5
     assert stats.texts.tolist() == [120]
+
+
+def test_a_kill_while_the_manifest_is_written_does_no_harm(tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / ".manifest.json.abc123.part").write_text('{"cut off')
+    model, corpus = load_model(str(tiny("llama").folder), backend="hooked"), Corpus.from_texts({"en": SAMPLE_TEXTS[:3]})
+    expected = record(model, corpus, progress=False)
+    assert_equal(record(model, corpus, folder, progress=False), expected)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    with pytest.raises(StorageError, match="no recording"):
+        record(model, corpus, tmp_path / "other", progress=False)
