@@ -4,11 +4,11 @@ import sys
 import time
 
 import pytest
+from models import save_folder
 
 from lens_neurons import cli
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.neurons import NeuronSet
-from tests.models import save_folder
 
 
 def run(monkeypatch, capsys, *arguments):

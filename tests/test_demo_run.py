@@ -1,10 +1,10 @@
 import pytest
+from results import make_forcing, make_lss, make_neurons, make_perplexity
 
 from lens_neurons.demo_run import ALL_FACTORS, PRESET, PUBLISHED, QUICK_FACTS, WELL_FED, DemoResult, _bars, quick_facts
 from lens_neurons.facts import Facts
 from lens_neurons.languages import DEMO_LANGUAGES
 from lens_neurons.methods import list_methods
-from tests.results import make_forcing, make_lss, make_neurons, make_perplexity
 
 KEYS = {
     "schema",
