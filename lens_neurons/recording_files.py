@@ -174,10 +174,11 @@ class RecordingFolder:
         return self.path / "languages" / f"{_file_name(language)}.safetensors"
 
     def finish(self, stats: ActivationStats) -> None:
-        """Write the result, and clear away what a killed call left half-written."""
-        stats.save(self.path / FILE_NAME)
+        """Clear away what killed calls left half-written, and write the result."""
+        # In this order: a call that finds the result returns at once and clears nothing.
         for file in self.path.rglob(".*.part"):
             file.unlink(missing_ok=True)
+        stats.save(self.path / FILE_NAME)
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:

@@ -443,38 +443,52 @@ def test_a_lost_shard_is_made_again(tmp_path, corpus):
     assert_same_files(tmp_path / "r", tmp_path / "whole")
 
 
+# Every recording is made by a forked child, which saves importing torch a dozen times. The parent itself computes
+# nothing: forking a process whose thread pools have started can deadlock the child.
 KILLED = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-torch.set_num_threads(1)
 from models import SAMPLE_TEXTS
 from lens_neurons.corpus import Corpus
 from lens_neurons.model import load_model
 from lens_neurons.recording import record
 
-model, out, seed = load_model(sys.argv[2], backend="hooked"), sys.argv[3], int(sys.argv[4])
-corpus = Corpus.from_texts({"en": SAMPLE_TEXTS[:6], "fr": [t[::-1] for t in SAMPLE_TEXTS], "de": SAMPLE_TEXTS[6:]})
-arguments = dict(shard_tokens=20, batch_tokens=40, progress=False)
-started = time.perf_counter()
-record(model, corpus, out + "/whole", **arguments)
-whole = time.perf_counter() - started
-draw, kills = random.Random(seed), 0
-while True:
+folder, out, draw = sys.argv[2], sys.argv[3], random.Random(int(sys.argv[4]))
+
+def start(name):
+    ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        record(model, corpus, out + "/killed", **arguments)
+        torch.set_num_threads(1)
+        texts = {"en": SAMPLE_TEXTS[:6], "fr": [t[::-1] for t in SAMPLE_TEXTS], "de": SAMPLE_TEXTS[6:]}
+        model = load_model(folder, backend="hooked")
+        os.write(tell, b".")
+        record(model, Corpus.from_texts(texts), out + name, shard_tokens=20, batch_tokens=40, progress=False)
         os._exit(0)
-    if kills < 12:
-        time.sleep(draw.uniform(0, 0.3 * whole))
-        os.kill(child, signal.SIGKILL)
+    os.close(tell)
+    os.read(ready, 1)
+    os.close(ready)
+    return child
+
+def end(child):
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        kills += 1
-    elif os.WEXITSTATUS(status):
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         sys.exit("the recording failed")
-    else:
+    return os.WIFSIGNALED(status)
+
+child, started, kills = start("/whole"), time.perf_counter(), 0
+end(child)
+whole = time.perf_counter() - started
+while kills < 12:
+    child = start("/killed")
+    time.sleep(draw.uniform(0, 0.3 * whole))
+    os.kill(child, signal.SIGKILL)
+    if not end(child):
         break
+    kills += 1
+else:
+    end(start("/killed"))
 sys.stdout.write(str(kills))
 """
 
@@ -485,7 +499,7 @@ def test_killed_at_random_points(tmp_path, seed):
     folder = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.parent)}
     arguments = [sys.executable, "-c", KILLED, folder, tiny("llama").folder, tmp_path, str(seed)]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     # When a kill falls is a matter of the machine; that one falls is what the test is about.
     assert int(done.stdout) >= 1
