@@ -190,7 +190,12 @@ def encode_prompt(info: TokenizerInfo, text: str, bos: str = "model", chat: str 
 
 
 def encode_pair(
-    info: TokenizerInfo, prompt: str, answer: str, bos: str = "model", boundary: Boundary = "offsets"
+    info: TokenizerInfo,
+    prompt: str,
+    answer: str,
+    bos: str = "model",
+    boundary: Boundary = "offsets",
+    chat: str = "none",
 ) -> PairEncoding:
     """Return the joint tokenisation of a prompt and its continuation, and where the continuation begins.
 
@@ -201,11 +206,15 @@ def encode_pair(
         bos: BOS policy.
         boundary: "offsets": a token belongs to the continuation if its end offset exceeds the prompt's length;
             "separate": the prompt's token count when tokenised alone, as the published LSS code does.
+        chat: "template": the prompt is a user's message in the tokenizer's chat template, the continuation the reply.
 
     Raises:
         DataError: No token belongs to the continuation, or nothing stands before it.
+        SettingError: A chat template is asked for and the tokenizer has none.
     """
     start = info.bos(bos)
+    if chat == "template":
+        start, prompt = (), _in_chat_template(info, prompt)
     if boundary == "separate":
         ids = plain_ids(info, prompt + answer)
         first = len(plain_ids(info, prompt))
@@ -224,12 +233,15 @@ def encode_pair(
 
 
 def _chat_ids(info: TokenizerInfo, text: str) -> list[int]:
+    return plain_ids(info, _in_chat_template(info, text))
+
+
+def _in_chat_template(info: TokenizerInfo, text: str) -> str:
     if not getattr(info.tokenizer, "chat_template", None):
         raise SettingError("chat='template' needs a tokenizer with a chat template, and this one has none.")
-    rendered = info.tokenizer.apply_chat_template(
+    return info.tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
-    return plain_ids(info, rendered)
 
 
 def _limit(info: TokenizerInfo, policy: TokenPolicy) -> int:

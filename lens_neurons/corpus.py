@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub import HfApi
 
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.languages import DEMO_LANGUAGES, canonical, get_language
@@ -210,7 +211,9 @@ class Corpus:
             split: Split name; default: the preset's, or "train".
             field: Column with the text; `{code}` and `{flores}` are filled in.
             data_files: Local files: a pattern with `{code}` or `{flores}`, or a mapping language to file(s).
-            revision: Revision on the hub.
+            revision: Revision on the hub; by default the newest, whose commit is looked up and kept to. It is part
+                of the fingerprint, so a recording is not continued with a data set that has changed. Where the hub
+                cannot be reached, what the cache holds is read, and no commit is known.
             streaming: Read as a stream (default), or download first.
             limit: First n texts of every language.
             preset: One of `PRESETS` (published choices); explicit arguments win over it.
@@ -231,6 +234,8 @@ class Corpus:
         labels = list(languages or by_language or ())
         if not labels:
             raise DataError("from_dataset needs languages=[...], or data_files= or config= as a mapping by language.")
+        if data_files is None and revision is None:
+            revision = _hub_commit(path)
         sources: dict[str, _Source] = {}
         for label in labels:
             chosen = {
@@ -300,6 +305,16 @@ def load_rows(chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     arguments = {name: value for name, value in chosen.items() if value is not None}
     rows: Any = datasets.load_dataset(**arguments)
     return (dict(row) for row in rows)
+
+
+def _hub_commit(path: str) -> str | None:
+    """Return the newest commit of a data set on the hub; None for a local folder, or where the hub is out of reach."""
+    if Path(path).exists():
+        return None
+    try:
+        return HfApi().dataset_info(path).sha
+    except Exception:  # noqa: BLE001 (whose errors come, of which HTTP library, is the hub client's affair)
+        return None
 
 
 def _of(value: Any, label: str) -> Any:

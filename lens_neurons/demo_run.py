@@ -256,6 +256,7 @@ def run_demo(
         n=20 if full else 3,
         baseline_samples=100 if full else 40,
         seed=seed,
+        progress=progress,
     )
     lap("forcing")
     silencing = perplexity_matrix(model, neurons, held_out, random_draws=5 if full else 1, seed=seed, progress=progress)
@@ -362,10 +363,8 @@ def _report(result: DemoResult, stats: ActivationStats, shown: Generations, exam
     missed = [name for name, bar in result.bars.items() if not bar.met]
     parts: list[Any] = [
         f"The packaged model, recorded on 120 sentences in each of 18 languages. Neurons: {result.preset.method} with "
-        f"{settings}. At this bar fewer neurons pass than {result.preset.method} may take, so the bar alone selects: a "
-        "neuron belongs to the languages on which its activation probability is above that quantile of all. Scores: "
-        f"{what}, held-out sentences, and unprompted samples under {result.preset.forcing}. The preset was chosen on "
-        "other facts and sentences. Nothing here is precomputed.",
+        f"{settings}. Scores: {what}, held-out sentences, and unprompted samples under {result.preset.forcing}. The "
+        "preset was chosen on other facts and sentences. Nothing here is precomputed.",
         "All bars are met." if not missed else f"Bars missed: {', '.join(missed)}.",
         ("Bars", result.tables()["Bars"]),
         stats,

@@ -112,7 +112,8 @@ class Facts:
             base: Language of the prompt.
             target: Language of the other answer.
             mid_template: What happens to a template whose slot is not last: "skip" it (counted), "truncate" it to
-                what stands before the slot, or do as "published": delete the slot and append the answer.
+                what stands before the slot (skipped where that is nothing), or do as "published": delete the slot
+                and append the answer.
 
         Raises:
             SettingError: Another value of `mid_template`.
@@ -140,9 +141,9 @@ class Facts:
             joiner = " " if before.endswith(" ") and separator(base) else ""
             prompt = before.rstrip()
             if mid_template == "published":
-                prompt = (fact.templates[base].replace(" " + OBJECT, "").replace(OBJECT, "")).rstrip()
-            if not prompt:
-                missing += 1
+                prompt = fact.templates[base].replace(" " + OBJECT, "").replace(OBJECT, "")
+            elif not prompt:
+                skipped += 1
                 continue
             found.append(FactPrompt(fact.id, prompt, joiner, fact.objects[base], fact.objects[target]))
         return FactPrompts(tuple(found), skipped, missing)

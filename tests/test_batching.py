@@ -110,6 +110,17 @@ def test_chat_template_marks_special_tokens():
     assert encode_prompt(info, "rain", chat="template") == list(piece.ids)
 
 
+@pytest.mark.parametrize("boundary", ["offsets", "separate"])
+def test_a_reply_is_scored_after_its_prompt_in_the_chat_template(boundary):
+    info = make_info()
+    with pytest.raises(SettingError, match="chat template"):
+        encode_pair(info, "rain", "wet", boundary=boundary, chat="template")
+    info.tokenizer.chat_template = CHAT
+    pair = encode_pair(info, "rain", "wet", boundary=boundary, chat="template")
+    assert list(pair.ids) == [*encode_prompt(info, "rain", chat="template"), *plain(info, "wet")]
+    assert list(pair.ids[pair.answer_start :]) == plain(info, "wet")
+
+
 def test_padding_on_both_sides():
     tokens, mask = pad([[5, 6, 7], [8]], pad_id=0)
     assert tokens.tolist() == [[5, 6, 7], [8, 0, 0]]

@@ -1,6 +1,7 @@
 import gzip
 import json
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,29 @@ def test_datasets_json_gzipped_and_plain(tmp_path):
         Corpus.from_dataset("json", data_files=files, preset="x")
 
 
+class UnreachableHub:
+    def dataset_info(self, path):
+        raise ConnectionError(path)
+
+
+def test_a_data_set_on_the_hub_is_kept_to_one_commit(monkeypatch):
+    asked = []
+    monkeypatch.setattr(corpus_module, "load_rows", lambda chosen: asked.append(chosen["revision"]) or iter(()))
+    prints = []
+    for commit in ("one", "two"):
+        newest = SimpleNamespace(dataset_info=lambda _, commit=commit: SimpleNamespace(sha=commit))
+        monkeypatch.setattr(corpus_module, "HfApi", lambda newest=newest: newest)
+        made = Corpus.from_dataset("some/set", languages=["en"])
+        assert list(made.texts("en")) == []
+        prints.append(made.fingerprint("en"))
+        pinned = Corpus.from_dataset("some/set", languages=["en"], revision="mine")
+        assert list(pinned.texts("en")) == []
+        prints.append(pinned.fingerprint("en"))
+    assert asked == ["one", "mine", "two", "mine"]
+    assert prints[0] != prints[2]
+    assert prints[1] == prints[3]
+
+
 @pytest.mark.parametrize(
     ("preset", "split", "expected"),
     [("flores+", None, "dev"), ("flores+", "train", "train"), ("flores+", "devtest", "devtest"), (None, None, "train")],
@@ -98,6 +122,7 @@ def test_datasets_json_gzipped_and_plain(tmp_path):
 def test_an_explicit_split_wins_over_the_preset(monkeypatch, preset, split, expected):
     asked = []
     monkeypatch.setattr(corpus_module, "load_rows", lambda chosen: asked.append(chosen["split"]) or iter(()))
+    monkeypatch.setattr(corpus_module, "HfApi", UnreachableHub)
     made = Corpus.from_dataset("openlanguagedata/flores_plus", languages=["en"], preset=preset, split=split)
     assert list(made.texts("en")) == []
     assert asked == [expected]

@@ -9,9 +9,10 @@ from oracle import sentence
 from lens_neurons.corpus import Corpus
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation import forcing
-from lens_neurons.evaluation.forcing import ForcingScores, distinct_share, forced_share, repetition, split_words
+from lens_neurons.evaluation.forcing import ForcingScores, forced_share
 from lens_neurons.evaluation.lid import LanguageGuess
 from lens_neurons.evaluation.tables import COLUMNS, NONE, chosen
+from lens_neurons.evaluation.variety import distinct_share, repetition, split_words
 from lens_neurons.generation import Generation, generate
 from lens_neurons.interventions import Condition, Override
 from lens_neurons.storage import derive_seed
@@ -211,6 +212,25 @@ def test_round_trip(name: str, judged: ForcingScores, tmp_path) -> None:
     pd.testing.assert_frame_equal(found.texts, judged.texts)
     assert found.reference == judged.reference
     assert found.provenance == judged.provenance
+
+
+def test_batches_change_nothing(scores: ForcingScores, parts, capsys) -> None:
+    _, model, neurons, stats, reference = parts
+    found = forced_share(
+        model,
+        neurons,
+        stats,
+        n=3,
+        baseline_samples=5,
+        max_new_tokens=8,
+        random_draws=2,
+        reference=reference,
+        seed=4,
+        batch_size=7,
+    )
+    pd.testing.assert_frame_equal(found.texts, scores.texts)
+    total = 5 + 3 * len(LANGUAGES) * 3
+    assert f"{total}/{total}" in capsys.readouterr().err
 
 
 def test_without_control(parts) -> None:

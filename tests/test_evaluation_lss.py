@@ -24,6 +24,7 @@ from lens_neurons.evaluation.lss import SteeringScores, language_steering_shift
 from lens_neurons.evaluation.tables import COLUMNS, chosen
 from lens_neurons.facts import Facts
 from lens_neurons.languages import separator
+from lens_neurons.model import adapt
 from lens_neurons.storage import derive_seed
 
 FACTORS = ("p_max", "p_median", "=max", "+max", "=0", "=p10")
@@ -193,9 +194,9 @@ def test_each_variant_has_its_boundary(variant, boundary, parts, facts, monkeypa
     _, model, neurons, stats = parts
     seen = set()
 
-    def watch(info, prompt, answer, bos, how):
+    def watch(info, prompt, answer, bos, how, chat):
         seen.add((prompt, answer, how))
-        return encode_pair(info, prompt, answer, bos, how)
+        return encode_pair(info, prompt, answer, bos, how, chat)
 
     monkeypatch.setattr(questions, "encode_pair", watch)
     language_steering_shift(
@@ -219,6 +220,36 @@ def test_what_is_left_out_is_counted(scores: SteeringScores) -> None:
         "scored": 4, "identical": 1, "skipped": 0, "missing": 0, "unscorable": 0,
     }  # fmt: skip
     assert dropped.loc[("ja", "sw"), "skipped"] == 2
+
+
+def test_the_mean_without_targets_that_have_no_neurons(parts, facts) -> None:
+    _, model, _, stats = parts
+    units = make_neurons(adapt(model), empty=("sw",))
+    found = language_steering_shift(model, units, stats, facts, random_draws=0, progress=False)
+    matrix = found.matrix("p_max")
+    assert (matrix["sw"].drop("sw") == 0).all()
+    row = found.summary(n_resamples=1).loc["p_max"]
+    assert row["mean"] == pytest.approx(np.nanmean(matrix.to_numpy()))
+    assert row["mean_with_neurons"] == pytest.approx(np.nanmean(matrix.drop(columns="sw").to_numpy()))
+    assert row["mean_with_neurons"] > row["mean"]
+
+
+def test_prompts_in_the_chat_template(parts, facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, neurons, stats = parts
+    seen = set()
+
+    def watch(info, prompt, answer, bos, how, chat):
+        seen.add((prompt, answer, chat))
+        return encode_pair(info, prompt, answer, bos, how)
+
+    monkeypatch.setattr(questions, "encode_pair", watch)
+    found = language_steering_shift(
+        model, neurons, stats, facts, languages=["fr"], bases=["en"], chat="template", random_draws=0, progress=False
+    )
+    assert found.settings["chat"] == "template"
+    # A reply is a message of its own: no space before it.
+    assert {answer[0] for _, answer, _ in seen}.isdisjoint(" ")
+    assert {chat for _, _, chat in seen} == {"template"}
 
 
 def test_mid_template_can_be_cut(parts, facts) -> None:

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +125,5 @@ def test_the_registry_lists_and_cites():
     assert found.method["name"] == "lape"
     assert "2402.16438" in cite(found)
     assert cite(found.random_like(0)) == cite(found)
+    scores = SimpleNamespace(task="lss", settings={"method": found.method})
+    assert cite(scores) == "\n\n".join([cite("lss"), cite(found)])

@@ -6,7 +6,6 @@ likely enough under the unsteered model.
 """
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,8 +22,9 @@ from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation.controls import Treatment, chosen_languages, treatments
 from lens_neurons.evaluation.intervals import CONFIDENCE, RESAMPLES, Floats, percentiles, resample_counts
 from lens_neurons.evaluation.lid import LanguageGuess, identify_language
-from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, answer_logprobs
+from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, answer_logprobs, progress_bar
 from lens_neurons.evaluation.tables import NEURONS, NONE, control_draws, grouped, load_table, save_table, tidy
+from lens_neurons.evaluation.variety import distinct_share, repetition
 from lens_neurons.generation import Generation, generate
 from lens_neurons.interventions import Condition
 from lens_neurons.model import Adapter, Model, adapt
@@ -39,29 +39,6 @@ RANDOM_DRAWS = 5
 # a token above that of text of the language.
 DISTINCT_SHARE = 0.5
 NLL_MARGIN = 1.5
-
-# Kana, CJK ideographs, Thai, Lao, Tibetan, Myanmar, Khmer: words are not spaced, so each character is one.
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
-    r"|[^\s\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
-)
-
-
-def split_words(text: str) -> list[str]:
-    """Return a text's words: what stands between spaces, and each character of a script that does not space words."""
-    return _WORD.findall(text)
-
-
-def distinct_share(text: str, n: int = 2) -> float:
-    """Return the share of a text's word n-grams that are distinct (distinct-n, Li et al. 2016); 0 if it has none."""
-    words = split_words(text)
-    grams = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def repetition(text: str, n: int = 4) -> float:
-    """Return the share of a text's word n-grams that came before in it (seq-rep-n, Welleck et al. 2020)."""
-    return 1.0 - distinct_share(text, n) if len(split_words(text)) >= n else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,6 +257,7 @@ def forced_share(
     allow: Collection[str] = (),
     batch_size: int = 128,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: bool = True,
 ) -> ForcingScores:
     """Return how often unprompted samples under steering are in the language steered to.
 
@@ -308,6 +286,7 @@ def forced_share(
         allow: In what the model may differ from the one that the neurons are of.
         batch_size: Samples at a time.
         batch_tokens: Padded tokens a batch, where likelihoods are scored.
+        progress: Whether to show a progress bar.
 
     Raises:
         DataError: A language that neurons or reference lack, or a tokenizer without BOS.
@@ -345,9 +324,15 @@ def forced_share(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
+        bar.update(len(wanted) * count)
         return list(made)
 
-    samples = [*sample([Condition.none()], baseline_samples), *sample(conditions, n)]
+    # As many conditions at a time as fill a batch: their tables are as large as the model has neurons.
+    step = max(1, batch_size // n)
+    with progress_bar(baseline_samples + n * len(conditions), "forcing", progress) as bar:
+        samples = sample([Condition.none()], baseline_samples)
+        for first in range(0, len(conditions), step):
+            samples += sample(conditions[first : first + step], n)
     guesses = identify_language([sample.text for sample in samples], lid_model)
     nll = _sample_nll(model, adapter, samples, batch_tokens)
 

@@ -32,7 +32,7 @@ from lens_neurons.evaluation.intervals import (
     resample_counts,
     resampled_cell_means,
 )
-from lens_neurons.evaluation.questions import Asker, Cell, Variant
+from lens_neurons.evaluation.questions import Asker, Cell, Chat, Variant
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, Bos, ScoreRow, progress_bar, score_rows
 from lens_neurons.evaluation.tables import (
     NEURONS,
@@ -168,8 +168,13 @@ class SteeringScores:
         jointly over all cells); `margin`, mean shift in nats; `control`, mean LSS over the random draws, with
         `control_low` and `control_high` (facts and draws are resampled), `control_draws`; `gain` = mean - control,
         with `gain_low` and `gain_high` (the same resamples on both sides). NaN where a factor has no control.
+        `mean_with_neurons` is the mean without the targets that have no neurons, which `mean` counts as 0.
         """
         rows = [self._row(name, range(len(self._pairs())), n_resamples, confidence) for name in self.factors]
+        steered = [i for i, (_, target) in enumerate(self._pairs()) if self.settings["neurons"].get(target, 0)]
+        for name, row in zip(self.factors, rows, strict=True):
+            values = cell_means(self._cells(name, NEURONS, "lss")[steered])
+            row["mean_with_neurons"] = float(mean_over_cells(values)) if steered else float("nan")
         return pd.DataFrame(rows).set_axis(list(self.factors)).rename_axis(index="factor")
 
     def _row(self, factor: str, cells: Sequence[int], n_resamples: int, confidence: float) -> dict[str, Any]:
@@ -255,6 +260,7 @@ def language_steering_shift(
     site: EditSite = "gate_act",
     layers: Collection[int] | None = None,
     bos: Bos = "model",
+    chat: Chat = "none",
     allow: Collection[str] = (),
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: bool = True,
@@ -285,6 +291,7 @@ def language_steering_shift(
         site: Where values are written.
         layers: Only in these layers.
         bos: BOS policy of the prompts.
+        chat: "template" puts each prompt into the tokenizer's chat template; the answer is then the reply to it.
         allow: In what the model may differ from the one that the neurons are of.
         batch_tokens: Padded tokens a batch.
         progress: Whether to show a progress bar.
@@ -309,7 +316,7 @@ def language_steering_shift(
     targets = chosen_languages(languages, neurons=neurons.languages, facts=facts.languages)
     sources = targets if bases is None else chosen_languages(bases, facts=facts.languages)
 
-    asker = Asker(adapter, facts, variant, mid_template, bos)
+    asker = Asker(adapter, facts, variant, mid_template, bos, chat)
     cells = [asker.cell(base, target) for target in targets for base in sources if base != canonical(target)]
     if not any(cell.ids for cell in cells):
         raise DataError(
@@ -335,10 +342,11 @@ def language_steering_shift(
         "site": site,
         "layers": None if layers is None else sorted(layers),
         "bos": bos,
+        "chat": chat,
         "method": dict(neurons.method),
         "neurons": {code: len(neurons[code]) for code in targets},
     }
-    provenance = adapter.provenance(site, {"bos": bos}, facts.fingerprint(), seed)
+    provenance = adapter.provenance(site, {"bos": bos, "chat": chat}, facts.fingerprint(), seed)
     return SteeringScores(tidy(blocks), dropped, (*compared.notes, *_lost(dropped)), settings, provenance)
 
 

@@ -10,6 +10,7 @@ from lens_neurons.facts import Facts, MidTemplate
 from lens_neurons.model import Adapter
 
 Variant = Literal["corrected", "published"]
+Chat = Literal["none", "template"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,16 @@ class Cell:
 class Asker:
     """Turns facts into pairs of prompt and answer, each distinct one once."""
 
-    def __init__(self, adapter: Adapter, facts: Facts, variant: Variant, mid_template: MidTemplate, bos: Bos) -> None:
+    def __init__(
+        self, adapter: Adapter, facts: Facts, variant: Variant, mid_template: MidTemplate, bos: Bos, chat: Chat = "none"
+    ) -> None:
         self._info = adapter.tokens
         self._n_ctx = adapter.n_ctx
         self._facts = facts
         self._published = variant == "published"
         self._mid_template: MidTemplate = mid_template
         self._bos = bos
+        self._chat: Chat = chat
         self._known: dict[tuple[str, str], int | None] = {}
         self.pairs: list[PairEncoding] = []
         if not self._published and not getattr(self._info.tokenizer, "is_fast", False):
@@ -48,7 +52,8 @@ class Asker:
             if fact.base_answer == fact.target_answer and not self._published:
                 identical += 1
                 continue
-            joiner = " " if self._published else fact.joiner
+            # A reply begins a message of its own: nothing joins it to the prompt.
+            joiner = " " if self._published else fact.joiner if self._chat == "none" else ""
             first, second = (
                 self._pair(fact.prompt, joiner + answer) for answer in (fact.base_answer, fact.target_answer)
             )
@@ -72,7 +77,7 @@ class Asker:
         if key not in self._known:
             try:
                 boundary: Boundary = "separate" if self._published else "offsets"
-                pair = encode_pair(self._info, prompt, answer, self._bos, boundary)
+                pair = encode_pair(self._info, prompt, answer, self._bos, boundary, self._chat)
             except DataError:
                 # The tokenizer leaves the answer without a token of its own, or nothing before it.
                 self._known[key] = None

@@ -1,7 +1,7 @@
 """The registry of identification methods: adding one is one file with one decorated function."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -109,18 +109,23 @@ def cite(*results: Any) -> str:
     """Return BibTeX entries for the methods behind some results.
 
     Args:
-        *results: Neuron sets (their method), scores (their `task`: "lss", "forcing", "perplexity"), or such names.
+        *results: Neuron sets (their method), scores (their `task`, "lss", "forcing" or "perplexity", and the method
+            of the neurons that they score), or such names.
     """
     entries: dict[str, str] = {}
-    for result in results:
-        name = result if isinstance(result, str) else ""
-        if isinstance(result, NeuronSet):
-            name = str(result.method.get("name", ""))
-            name = str(result.method.get("like", {}).get("name", name))
-        elif not name:
-            name = str(getattr(result, "task", ""))
-        name = _SAME_PAPER.get(name, name)
+    for cited in (name for result in results for name in _cited(result)):
+        name = _SAME_PAPER.get(cited, cited)
         text = _METHODS[name].bibtex if name in _METHODS else _TOOLS.get(name, "")
         if text:
             entries[name] = text
     return "\n\n".join(entries.values())
+
+
+def _cited(result: Any) -> list[str]:
+    if isinstance(result, str):
+        return [result]
+    own = isinstance(result, NeuronSet)
+    method: Mapping[str, Any] = result.method if own else getattr(result, "settings", {}).get("method", {})
+    # Random neurons are drawn like some set's: that set's method is behind them.
+    chosen = str(method.get("like", method).get("name", ""))
+    return [chosen] if own else [str(getattr(result, "task", "")), chosen]

@@ -1,0 +1,26 @@
+"""How varied a text is: degenerate samples repeat themselves, and fool a language identifier."""
+
+import re
+
+# Kana, CJK ideographs, Thai, Lao, Tibetan, Myanmar, Khmer: words are not spaced, so each character is one.
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+    r"|[^\s\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
+)
+
+
+def split_words(text: str) -> list[str]:
+    """Return a text's words: what stands between spaces, and each character of a script that does not space words."""
+    return _WORD.findall(text)
+
+
+def distinct_share(text: str, n: int = 2) -> float:
+    """Return the share of a text's word n-grams that are distinct (distinct-n, Li et al. 2016); 0 if it has none."""
+    words = split_words(text)
+    grams = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """Return the share of a text's word n-grams that came before in it (seq-rep-n, Welleck et al. 2020)."""
+    return 1.0 - distinct_share(text, n) if len(split_words(text)) >= n else 0.0
