@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lens_neurons.errors import LensNeuronsError, SettingError
+from lens_neurons.errors import DataError, LensNeuronsError, SettingError
 
 app: typer.Typer = typer.Typer(
     name="lens-neurons",
@@ -113,6 +113,8 @@ def _load_corpus(source: str, languages: str | None, field: str, limit: int | No
         )
     elif Path(source).is_dir():
         corpus = Corpus.from_files(source)
+    elif not codes:
+        raise DataError(f"there is no folder {source}; for a data set on the hub name its languages too.")
     else:
         corpus = Corpus.from_dataset(source, languages=codes, preset=_preset_of(source), field=field or None)
     if codes:
@@ -273,6 +275,8 @@ def evaluate(
     mid_template: Annotated[str | None, typer.Option(help="LSS: skip, truncate or published.")] = None,
     random_draws: Annotated[int, typer.Option(help="Draws of random neurons.")] = 5,
     corpus: Annotated[str, typer.Option(help="Texts for perplexity, as in `record`.")] = "packaged:held_out",
+    field: Annotated[str, typer.Option(help="Column with the text, in data sets.")] = "text",
+    limit: Annotated[int | None, typer.Option(help="Perplexity: first n texts of every language.")] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -313,7 +317,10 @@ def evaluate(
         settings["bases"] = bases.split(",") if bases else None
         result = language_steering_shift(loaded, chosen, recording, factors=factors, **settings)
     elif score == "perplexity":
-        result = perplexity_matrix(loaded, chosen, _load_corpus(corpus, None, "text", None), **settings)
+        # A pattern or a name on the hub needs languages; a folder has its own.
+        own = corpus.startswith("packaged") or Path(corpus).is_dir()
+        texts = _load_corpus(corpus, None if own else ",".join(chosen.languages), field, limit)
+        result = perplexity_matrix(loaded, chosen, texts, **settings)
     else:
         result = forced_share(loaded, chosen, recording, factor=factors[0], **settings)
     result.save(out)

@@ -1,8 +1,10 @@
 """Texts by language: packaged, in memory, in files, or streamed from Hugging Face `datasets`."""
 
+import glob
 import gzip
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from lens_neurons.errors import DataError, SettingError
@@ -19,6 +22,10 @@ from lens_neurons.storage import sha256_of
 
 PACKAGED = Path(str(files("lens_neurons"))) / "demo"
 IDENTIFY_SENTENCES = 120
+
+# What `datasets` reads from files rather than from the hub.
+_LOCAL_KINDS = ("json", "parquet", "text", "csv", "arrow")
+_LOGGER = logging.getLogger("lens_neurons")
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,9 @@ class Corpus:
                 if not path.is_file():
                     raise DataError(f"{path} (language '{label}') does not exist; check the path.")
             identity = sha256_of("\n".join(sha256_of(path) for path in members))
-            _add(sources, label, _Source(_line_reader(tuple(members)), identity))
+            read = _line_reader(tuple(members))
+            # Files are read for their hash anyway; the count gives recording its plan and the time left.
+            _add(sources, label, _Source(read, identity, sum(1 for _ in read())))
         return cls(name or "files", sources)
 
     @classmethod
@@ -247,7 +256,8 @@ class Corpus:
                 "streaming": streaming,
             }
             column = str(_fill(settings["field"], label))
-            identity = sha256_of(json.dumps([{**chosen, "data_files": _hashed(chosen["data_files"])}, column, limit]))
+            files = _listed(Path(path)) if Path(path).is_dir() else _hashed(chosen["data_files"])
+            identity = sha256_of(json.dumps([{**chosen, "data_files": files}, column, limit]))
             _add(sources, label, _Source(_dataset_reader(chosen, column, limit), identity))
         return cls(preset or path, sources)
 
@@ -281,39 +291,55 @@ def _line_reader(paths: tuple[Path, ...]) -> Callable[[], Iterator[str]]:
     def read() -> Iterator[str]:
         for path in paths:
             opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", encoding="utf-8") as stream:
-                for line in stream:
-                    if text := line.strip():
-                        yield text
+            try:
+                with opener(path, "rt", encoding="utf-8") as stream:
+                    for line in stream:
+                        if text := line.strip():
+                            yield text
+            except (OSError, EOFError, UnicodeDecodeError) as error:
+                raise DataError(
+                    f"{path} cannot be read as text in UTF-8 ({error}); mend or leave out the file."
+                ) from error
 
     return read
 
 
 def _dataset_reader(chosen: Mapping[str, Any], column: str, limit: int | None) -> Callable[[], Iterator[str]]:
     def read() -> Iterator[str]:
-        for row in itertools.islice(load_rows(chosen), limit):
+        for row in load_rows(chosen):
             if column not in row:
                 raise DataError(f"{chosen['path']} has no column '{column}'; it has {', '.join(map(str, row))}.")
             if text := str(row[column]).strip():
                 yield text
 
-    return read
+    return lambda: itertools.islice(read(), limit)
 
 
 def load_rows(chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Return an iterator over the rows of a dataset; the arguments are those of `datasets.load_dataset`."""
+    """Yield the rows of a dataset; the arguments are those of `datasets.load_dataset`.
+
+    Raises:
+        DataError: It cannot be found or read.
+    """
     arguments = {name: value for name, value in chosen.items() if value is not None}
-    rows: Any = datasets.load_dataset(**arguments)
-    return (dict(row) for row in rows)
+    try:
+        rows: Any = datasets.load_dataset(**arguments)
+        for row in rows:
+            yield dict(row)
+    except (DatasetsError, OSError, ValueError) as error:
+        what = arguments.get("data_files", arguments["path"])
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{what} cannot be read as a data set ({reason}); check the name or the files.") from error
 
 
 def _hub_commit(path: str) -> str | None:
     """Return the newest commit of a data set on the hub; None for a local folder, or where the hub is out of reach."""
-    if Path(path).exists():
+    if Path(path).exists() or path in _LOCAL_KINDS:
         return None
     try:
         return HfApi().dataset_info(path).sha
-    except Exception:  # noqa: BLE001 (whose errors come, of which HTTP library, is the hub client's affair)
+    except Exception as error:  # noqa: BLE001 (whose errors come, of which HTTP library, is the hub client's affair)
+        _LOGGER.warning("the commit of data set %s is not known (%s); give revision= to pin it", path, error)
         return None
 
 
@@ -332,4 +358,14 @@ def _fill(value: Any, label: str) -> Any:
 
 def _hashed(value: Any) -> Any:
     entries = [value] if isinstance(value, str) else list(value or ())
-    return [sha256_of(Path(entry)) if Path(entry).is_file() else entry for entry in entries]
+    found: list[Any] = []
+    for entry in entries:
+        files = [Path(name) for name in sorted(glob.glob(entry, recursive=True)) if Path(name).is_file()]
+        found.append([sha256_of(file) for file in files] or entry)
+    return found
+
+
+def _listed(folder: Path) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of a folder's files: what tells whether a local data set has changed."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -158,6 +158,7 @@ class DemoResult:
             "forced_share_random": float(share["control"]),
             "baseline_share": float(share["baseline"]),
             "silencing": silencing,
+            "silenced_most_by_own_random": float(silenced["control_above"].sum()),
             "random_draws": {
                 "lss": int(control["control_draws"]),
                 "forcing": len(self.forcing.draws),
@@ -181,6 +182,7 @@ class DemoResult:
         columns = ["n", "mean", "low", "high", "control", "control_low", "control_high"]
         shares = ["n", "mean", "low", "high", "control", "baseline", "raw", "repetition", "nll", "reference_nll"]
         silenced = ["mean", "low", "high", "control", "largest_other", "other", "difference_low", "above"]
+        silenced += ["control_above"]
         tables: dict[str, Any] = {
             f"Neurons by language ({self.preset.method}, {len(self.neurons)} units)": neurons,
             f"Language Steering Shift ({len(self.facts)} facts, even ids)": self.lss.summary()[columns],

@@ -1,8 +1,8 @@
 """One change of some neurons of one layer, and the statistics of a running forward that such a change may use."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lens_neurons.adapter import Adapter
 from lens_neurons.errors import SettingError
+from lens_neurons.neurons import NeuronSet
+from lens_neurons.storage import Provenance
 
 Operation = Literal["set", "add", "scale"]
 EditSite = Literal["gate_act", "post"]
@@ -144,3 +146,20 @@ def _quantile(ordered: Float[Tensor, "batch n"], count: Int64[Tensor, " batch"],
     below = ordered.gather(1, low.to(torch.int64)[:, None]).squeeze(1)
     above = ordered.gather(1, rank.ceil().to(torch.int64)[:, None]).squeeze(1)
     return torch.lerp(below, above, (rank - low).to(ordered.dtype))
+
+
+def units_to_dict(units: NeuronSet) -> dict[str, Any]:
+    """Return units as plain JSON values."""
+    languages = {code: [part.tolist() for part in units.units(code)] for code in units.languages}
+    origin = {"method": dict(units.method), "provenance": units.provenance.to_dict()}
+    return {"languages": languages, "site": units.site, "shape": list(units.shape), **origin}
+
+
+def units_from_dict(values: Mapping[str, Any]) -> NeuronSet:
+    """Return the units that `units_to_dict` described."""
+    masks: dict[str, Tensor] = {}
+    for code, (layers, indices) in values["languages"].items():
+        masks[code] = torch.zeros(tuple(values["shape"]), dtype=torch.bool)
+        masks[code][torch.tensor(layers, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)] = True
+    provenance = Provenance.from_dict(values["provenance"])
+    return NeuronSet.from_masks(masks, site=values["site"], provenance=provenance, method=values["method"])

@@ -232,7 +232,12 @@ class Facts:
             for number, row in enumerate(itertools.islice(load_rows(chosen), limit)):
                 key, relation, template, answers = _read_row(row, number, label, path)
                 templates.setdefault(key, {})[code] = template
-                relations.setdefault(key, relation)
+                known = relations.setdefault(key, relation)
+                if known != relation:
+                    raise DataError(
+                        f"fact {key} of {path} is of relation {known!r} in one language and {relation!r} in '{label}': "
+                        "the files do not line up; give rows an id, or the same rows in the same order."
+                    )
                 for other, answer in answers.items():
                     objects.setdefault(key, {}).setdefault(canonical(other), answer)
         if not templates:

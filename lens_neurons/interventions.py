@@ -25,13 +25,12 @@ from torch import Tensor
 
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.adapter import Adapter
-from lens_neurons.edits import Edit, EditSite, Operation, Positions, TestTime
+from lens_neurons.edits import Edit, EditSite, Operation, Positions, TestTime, units_from_dict, units_to_dict
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.factor_names import FactorOperation, parse_factor
 from lens_neurons.model import adapt
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.steering import ConditionHooks, HookFn, steered
-from lens_neurons.storage import Provenance
 
 _VERBS: dict[FactorOperation, str] = {"=": "Override", "+": "Add", "*": "Amplify"}
 _SITES = ("gate_act", "post")
@@ -49,12 +48,14 @@ class Factor:
         operation: "=" sets, "+" adds, "*" multiplies.
         values: The values.
         language: Language whose statistics they are; "" where that does not matter.
+        site: Where they were recorded; "" where they are of no recording.
     """
 
     name: str
     operation: FactorOperation
     values: int | float | Float[Tensor, "layer neuron"] | TestTime
     language: str = ""
+    site: str = ""
 
     def intervention(
         self,
@@ -106,7 +107,7 @@ def factor(
     fields = ("n_layers", "d_mlp", *(["weights"] if known else []))
     units.provenance.require_same(stats.provenance, fields, allow, what="the neuron set and the recording")
     table = stats.text_statistic(meant.recorded, language)
-    return Factor(name, meant.operation, table if meant.multiple == 1 else table * meant.multiple, language)
+    return Factor(name, meant.operation, table if meant.multiple == 1 else table * meant.multiple, language, stats.site)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,8 +184,16 @@ class Intervention:
 
         Raises:
             ProvenanceError: The units are of another model.
+            SettingError: The values are a factor's, recorded at another site than the one they are written at.
         """
         self.units.require_fit(adapter.provenance(), self.allow)
+        same = (self.site,) if adapter.gated else _SITES
+        for given in self._settings().values():
+            if isinstance(given, Factor) and given.site and given.site not in same:
+                raise SettingError(
+                    f"{given.name} was recorded at {given.site!r} and would be written at {self.site!r}, which holds "
+                    f"other values in this model; record at {self.site!r}, or write where it was recorded (site=)."
+                )
         value = self._value()
         statistic = value.statistic if isinstance(value, TestTime) else None
         number = value.multiple if isinstance(value, TestTime) else value
@@ -221,7 +230,7 @@ class Intervention:
         """Return it as plain JSON values; of the values only those at the units are kept."""
         return {
             "kind": type(self).__name__,
-            "units": _units_to_dict(self.units),
+            "units": units_to_dict(self.units),
             "site": self.site,
             "positions": self.positions,
             "layers": None if self.layers is None else list(self.layers),
@@ -243,7 +252,7 @@ class Intervention:
         kind = _KINDS.get(values.get("kind", ""))
         if kind is None:
             raise DataError(f"{values.get('kind')!r} is no intervention; expected one of {', '.join(_KINDS)}.")
-        units = _units_from_dict(values["units"])
+        units = units_from_dict(values["units"])
         shared = {name: values[name] for name in ("site", "positions", "layers", "allow")}
         own = {k: _value_from_dict(v, units) for k, v in values.items() if k not in {*shared, "kind", "units"}}
         return kind(units, **own, **shared)
@@ -324,25 +333,11 @@ def _resolved(values: Value | Factor, operation: FactorOperation) -> Value:
     return values.values
 
 
-def _units_to_dict(units: NeuronSet) -> dict[str, Any]:
-    languages = {code: [part.tolist() for part in units.units(code)] for code in units.languages}
-    origin = {"method": dict(units.method), "provenance": units.provenance.to_dict()}
-    return {"languages": languages, "site": units.site, "shape": list(units.shape), **origin}
-
-
-def _units_from_dict(values: Mapping[str, Any]) -> NeuronSet:
-    masks: dict[str, Tensor] = {}
-    for code, (layers, indices) in values["languages"].items():
-        masks[code] = torch.zeros(tuple(values["shape"]), dtype=torch.bool)
-        masks[code][torch.tensor(layers, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)] = True
-    provenance = Provenance.from_dict(values["provenance"])
-    return NeuronSet.from_masks(masks, site=values["site"], provenance=provenance, method=values["method"])
-
-
 def _value_to_dict(value: Value | Factor, units: NeuronSet) -> Any:
     if isinstance(value, Factor):
         values = _value_to_dict(value.values, units)
-        return {"factor": value.name, "operation": value.operation, "values": values, "language": value.language}
+        plain = {name: getattr(value, name) for name in ("operation", "language", "site")}
+        return {"factor": value.name, "values": values, **plain}
     if isinstance(value, TestTime):
         return dataclasses.asdict(value)
     if isinstance(value, Tensor):
@@ -356,7 +351,7 @@ def _value_from_dict(value: Any, units: NeuronSet) -> Value | Factor:
         return float(value)
     if "factor" in value:
         plain: Any = _value_from_dict(value["values"], units)
-        return Factor(value["factor"], value["operation"], plain, value["language"])
+        return Factor(value["factor"], value["operation"], plain, value["language"], value.get("site", ""))
     if "statistic" in value:
         return TestTime(value["statistic"], value["multiple"])
     table = torch.zeros(units.shape, dtype=getattr(torch, value["dtype"]))
@@ -427,8 +422,8 @@ def steer(
 ) -> Generator[None, None, None]:
     """Keep interventions on a model, for the user's own forwards and for every loop of this package.
 
-    The model is as before afterwards, whatever happens inside. Contexts may be nested; the inner one sees what the
-    outer one left.
+    The model is as before afterwards, whatever happens inside. Contexts may be nested; the inner one changes what the
+    outer one left, but takes `TestTime` statistics of act(gate) as the model computed it.
 
     Args:
         model: The model.

@@ -123,7 +123,10 @@ class RecordingFolder:
         """Return the shards of a language that are on disk, by their first text."""
         found: dict[int, Path] = {}
         for file in (self.path / "shards").glob("*.safetensors"):
-            code, first, _ = file.stem.rsplit("-", 2)
+            code, *numbers = file.stem.rsplit("-", 2)
+            if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+                raise StorageError(f"{file} is no shard of a recording; move it elsewhere.")
+            first = numbers[0]
             if code == _file_name(language):
                 found[int(first)] = file
         return found

@@ -1,5 +1,6 @@
 """What a recording is about to do: its settings, checked, and what they will take in tokens, time and space."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,11 @@ def _sample(job: RecordingJob, language: str) -> list[list[Piece]]:
     texts = [text for text, _ in zip(job.corpus.texts(language), range(_SAMPLE_TEXTS), strict=False)]
     if not texts:
         raise DataError(f"'{language}' has no text in corpus '{job.corpus.name}'; give it one or leave it out.")
-    return list(encode(job.adapter.tokens, texts, job.policy))
+    if not job.policy.pack:
+        return list(encode(job.adapter.tokens, texts, job.policy))
+    # Packed, a text of any length counts whole, and is cut where contexts end.
+    policy = dataclasses.replace(job.policy, overflow="split")
+    return list(encode(job.adapter.tokens, texts, policy))
 
 
 def _time(job: RecordingJob, pieces: Sequence[Piece]) -> float:

@@ -168,18 +168,25 @@ def load_part(path: str | os.PathLike[str]) -> Saved:
 
 
 def _kind(path: Path) -> str:
-    """Return the kind in a file's header, whatever the file's name."""
-    with path.open("rb") as stream:
-        start = stream.read(9)
-    if start.startswith(b"PAR1"):
-        header: Any = json.loads((pq.read_schema(path).metadata or {}).get(b"lens_neurons", b"{}"))
-    elif start[8:9] == b"{" and not start.startswith(b"{"):
-        _, header = load_tensors(path)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            header = json.loads(lines.readline())
-    else:
-        header = load_json(path)
+    """Return the kind in a file's header, whatever the file's name.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(9)
+        if start.startswith(b"PAR1"):
+            header: Any = json.loads((pq.read_schema(path).metadata or {}).get(b"lens_neurons", b"{}"))
+        elif start[8:9] == b"{" and not start.startswith(b"{"):
+            _, header = load_tensors(path)
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                header = json.loads(lines.readline())
+        else:
+            header = load_json(path)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is damaged or was not written by this package ({error}).") from error
     return str(header.get("kind", "")) if isinstance(header, dict) else ""
 
 

@@ -88,6 +88,8 @@ def test_the_whole_path_on_a_local_model(tmp_path, monkeypatch, capsys):
         (("record", "--out", "x", "--dtype", "float7"), "dtype='float7' is unknown"),
         (("evaluate", "bleu", "n", "s"), "'bleu' is no score"),
         (("show", "no-such-file"), "no-such-file"),
+        (("record", "--out", "x", "--corpus", "no-such-folder"), "no folder no-such-folder"),
+        (("record", "--out", "x", "--corpus", "no-{code}.txt", "--languages", "en"), "no-en.txt"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):

@@ -92,6 +92,37 @@ def test_datasets_json_gzipped_and_plain(tmp_path):
         Corpus.from_dataset("json", data_files=files, preset="x")
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "en.txt").write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(DataError, match=r"en\.txt cannot be read"):
+        Corpus.from_files(tmp_path)
+    whole = gzip.compress("\n".join(map(str, range(5000))).encode())
+    (tmp_path / "en.txt").unlink()
+    (tmp_path / "fr.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"fr\.txt\.gz cannot be read"):
+        Corpus.from_files(tmp_path)
+    missing = Corpus.from_dataset("json", data_files={"en": str(tmp_path / "gone.jsonl")})
+    with pytest.raises(DataError, match=r"gone\.jsonl cannot be read as a data set"):
+        list(missing.texts("en"))
+
+
+def test_empty_lines_count_neither_in_files_nor_in_data_sets(tmp_path):
+    (tmp_path / "en.txt").write_text("one\n\ntwo\n \nthree\n", encoding="utf-8")
+    made = Corpus.from_files(tmp_path)
+    assert (made.count("en"), list(made.texts("en"))) == (3, ["one", "two", "three"])
+    rows = Corpus.from_dataset("text", data_files={"en": str(tmp_path / "en.txt")}, limit=2)
+    assert list(rows.texts("en")) == ["one", "two"]
+
+
+def test_the_files_behind_a_pattern_are_part_of_the_fingerprint(tmp_path):
+    pattern = {"en": str(tmp_path / "*.txt")}
+    prints = set()
+    for content in ("one", "two"):
+        (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+        prints.add(Corpus.from_dataset("text", data_files=pattern).fingerprint("en"))
+    assert len(prints) == 2
+
+
 class UnreachableHub:
     def dataset_info(self, path):
         raise ConnectionError(path)

@@ -1,5 +1,7 @@
 """Random controls: how many, which, and with what values; the languages of a score."""
 
+import dataclasses
+
 import pytest
 import torch
 from evaluation_oracle import LANGUAGES, make_neurons, make_stats, tiny_model
@@ -73,7 +75,8 @@ def test_layers_without_the_languages_neurons_are_as_none(parts) -> None:
     late = neurons.restrict([2])
     found = treatments(adapter.provenance(), late, stats, ("fr",), {"p_max": 0}, seed=0, layers=[0, 1])
     assert found.empty == ("fr",)
-    found = treatments(adapter.provenance(), neurons, stats, ("fr",), {"p_max": 1}, seed=0, layers=[1], site="post")
+    at_post = dataclasses.replace(stats, site="post")
+    found = treatments(adapter.provenance(), neurons, at_post, ("fr",), {"p_max": 1}, seed=0, layers=[1], site="post")
     for one in found.items:
         assert [edit.layer for edit in one.condition.edits(adapter)] == [1]
         assert isinstance(one.condition.interventions[0], Override)

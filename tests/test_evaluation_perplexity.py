@@ -16,6 +16,7 @@ from oracle import sentence
 
 from lens_neurons.corpus import Corpus
 from lens_neurons.errors import DataError, SettingError
+from lens_neurons.evaluation.intervals import resample_counts
 from lens_neurons.evaluation.perplexity import PerplexityMatrix, perplexity_matrix
 from lens_neurons.evaluation.tables import COLUMNS, NONE, chosen, tidy
 from lens_neurons.storage import derive_seed
@@ -66,6 +67,38 @@ def test_every_text(matrix: PerplexityMatrix, parts) -> None:
                     if not silenced:
                         counted = chosen(matrix.items, target=code, metric="tokens").set_index("item")["value"]
                         assert counted[number] == n
+
+
+@pytest.mark.parametrize("metric", ["nll", "perplexity"])
+def test_intervals_of_every_cell(matrix: PerplexityMatrix, metric: str) -> None:
+    low, high = matrix.change_interval(metric, n_resamples=50)
+    counts = resample_counts(3, 50, 3, "texts")
+    tokens = {code: chosen(matrix.items, target=code, metric="tokens")["value"].to_numpy() for code in TEXTS}
+    for silenced in ("en", "ja"):
+        for code in TEXTS:
+            after = chosen(matrix.items, condition="neurons", language=silenced, target=code, metric="nll")["value"]
+            before = chosen(matrix.items, condition=NONE, target=code, metric="nll")["value"]
+            drawn = []
+            for times in counts:
+                picked = [i for i, n in enumerate(times) for _ in range(int(n))]
+                weights = tokens[code][picked]
+                was, now = (np.average(v.to_numpy()[picked], weights=weights) for v in (before, after))
+                drawn.append(np.exp(now) - np.exp(was) if metric == "perplexity" else now - was)
+            assert low.loc[silenced, code] == pytest.approx(np.quantile(drawn, 0.025))
+            assert high.loc[silenced, code] == pytest.approx(np.quantile(drawn, 0.975))
+    # A language without neurons changes nothing.
+    assert (low.loc["sw"] == 0).all()
+    assert (high.loc["sw"] == 0).all()
+
+
+def test_the_control_has_an_interval(matrix: PerplexityMatrix) -> None:
+    table = matrix.summary(n_resamples=200)
+    draws = [matrix.change(condition=f"random-{i}") for i in range(2)]
+    for code in TEXTS:
+        row = table.loc[code]
+        assert row["control"] == pytest.approx(np.mean([draw.loc[code, code] for draw in draws]))
+        assert row["control_low"] <= row["control"] <= row["control_high"]
+        assert row["control_low"] < row["control_high"]
 
 
 def test_change_is_weighted_by_tokens(matrix: PerplexityMatrix, parts) -> None:

@@ -70,6 +70,17 @@ def test_rows_of_another_form_are_refused(tmp_path):
         Facts.from_dataset("json", languages=["en"], data_files=str(tmp_path / "{code}.jsonl"))
 
 
+def test_files_that_do_not_line_up_are_refused(tmp_path):
+    for code, relations in (("en", ["P1", "P2"]), ("fr", ["P1", "P3"])):
+        rows = [
+            {"template": "[X] is [Y]", f"sub_{code}": "a", f"obj_{code}": "b", "predicate_id": relation}
+            for relation in relations
+        ]
+        (tmp_path / f"{code}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(DataError, match=r"fact 1 .* relation 'P2' in one language and 'P3' in 'fr'"):
+        Facts.from_dataset("json", languages=["en", "fr"], data_files=str(tmp_path / "{code}.jsonl"))
+
+
 def test_bmlama_from_shared_data(shared):
     facts = Facts.from_dataset(
         "json", languages=["en", "ja", "th"], data_files=str(shared / "data/eval/bmlama53/{code}.jsonl.gz")

@@ -604,7 +604,8 @@ def test_recorded_factors_are_the_target_languages_own_statistics():
         assert torch.equal(found.values, of[1])
     tripled = ln.factor("3*p_max", units, stats, "de")
     torch.testing.assert_close(tripled.values, 3 * stats.text_max[0])
-    what = tripled.intervention(units, site="post", layers=[1])
+    at_post = ln.factor("3*p_max", units, dataclasses.replace(stats, site="post"), "de")
+    what = at_post.intervention(units, site="post", layers=[1])
     assert isinstance(what, Override)
     tokens, mask = batch()
     after = captured(model, tokens, mask, what.hooks(model))[1]
@@ -676,6 +677,25 @@ def test_a_recording_of_another_model_is_refused():
         ln.factor("p_max", units, other, "de")
     allowed = ln.factor("p_max", units, other, "de", allow={"weights"})
     assert torch.equal(allowed.values, stats.text_max[0])
+
+
+def test_values_are_written_where_they_were_recorded():
+    for kind, recorded, written in (
+        ("gated", "post", "gate_act"),
+        ("gated", "gate_act", "post"),
+        ("ungated", "gate_pre", "post"),
+    ):
+        model = loaded(kind)
+        units, stats = neurons(model), dataclasses.replace(stats_for(model), site=recorded)
+        what = ln.factor("p_max", units, stats, "de").intervention(units, site=written)
+        again = Intervention.from_dict(json.loads(json.dumps(what.to_dict())))
+        for one in (what, again):
+            with pytest.raises(SettingError, match=f"recorded at '{recorded}' and would be written at '{written}'"):
+                one.hooks(model)
+    # Without a gate the two sites are one.
+    model = loaded("ungated")
+    units = neurons(model)
+    assert ln.factor("p_max", units, stats_for(model), "de").intervention(units, site="post").hooks(model)
 
 
 # What is refused.

@@ -608,11 +608,20 @@ def test_plan_of_a_large_corpus_is_an_estimate():
 
 def test_plan_of_a_stream_of_unknown_length(tmp_path):
     (tmp_path / "en.txt").write_text("\n".join(SAMPLE_TEXTS * 10), encoding="utf-8")
-    texts = Corpus.from_files(tmp_path)
+    known = plan(load(), Corpus.from_files(tmp_path))
+    assert known.total_tokens == pytest.approx(int(record(load(), Corpus.from_files(tmp_path)).tokens), rel=0.3)
+    texts = Corpus.from_dataset("text", data_files={"en": str(tmp_path / "en.txt")})
     planned = plan(load(), texts)
     assert (planned.total_tokens, planned.seconds, planned.disk_bytes) == (None, None, None)
     assert "an unknown number of tokens" in str(planned)
     assert record(load(), texts, progress=False).texts.tolist() == [120]
+
+
+def test_plan_of_packed_texts_counts_them_whole():
+    model, long = load(), " ".join(SAMPLE_TEXTS * 5)
+    texts = Corpus.from_texts({"en": [long] * 3})
+    planned = plan(model, texts, pack=True, texts_kept=0, overflow="error")
+    assert planned.total_tokens == pytest.approx(int(record(model, texts, pack=True, texts_kept=0).tokens), rel=0.05)
 
 
 def test_progress_bar_shows_speed(corpus, capsys):

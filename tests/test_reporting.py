@@ -266,6 +266,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path):
     for name, words in (("absent", "does not exist"), ("other.json", "'recipe'"), ("text", "not valid JSON")):
         with pytest.raises(StorageError, match=words):
             load_part(tmp_path / name)
+    for name, content in (("cut.parquet", b"PAR1 and no more"), ("empty.jsonl", b""), ("binary.jsonl", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(StorageError, match=f"{name} is damaged"):
+            load_part(tmp_path / name)
 
 
 # In a browser.

@@ -363,7 +363,9 @@ def forced_share(
         "seed": seed,
         "site": site,
         "layers": None if layers is None else sorted(layers),
+        "allow": sorted(allow),
         "method": dict(neurons.method),
+        "neurons_from": neurons.provenance.to_dict(),
         "neurons": {code: len(neurons[code]) for code in codes},
     }
     provenance = adapter.provenance(site, {}, reference.fingerprint_all(), seed)

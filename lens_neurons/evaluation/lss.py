@@ -343,7 +343,9 @@ def language_steering_shift(
         "layers": None if layers is None else sorted(layers),
         "bos": bos,
         "chat": chat,
+        "allow": sorted(allow),
         "method": dict(neurons.method),
+        "neurons_from": neurons.provenance.to_dict(),
         "neurons": {code: len(neurons[code]) for code in targets},
     }
     provenance = adapter.provenance(site, {"bos": bos, "chat": chat}, facts.fingerprint(), seed)

@@ -125,6 +125,54 @@ class PerplexityMatrix:
         table = pd.DataFrame(total / len(labels), index=list(self.languages), columns=list(self.tested))
         return table.rename_axis(index="silenced", columns="tested")
 
+    def change_interval(
+        self,
+        metric: str = "nll",
+        *,
+        condition: str = NEURONS,
+        n_resamples: int = RESAMPLES,
+        confidence: int | float = CONFIDENCE,
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the ends, low and high, of the interval of every cell of `change`, texts resampled in pairs.
+
+        Args:
+            metric: "nll", nats a token, or "perplexity".
+            condition: "neurons" or one random draw.
+            n_resamples: Number of resamples.
+            confidence: Share of the resampled changes between the two ends.
+
+        Raises:
+            SettingError: Another metric or condition.
+        """
+        self._check(condition, metric)
+        tokens = self._tokens()
+        before = self._sums(NONE, "", tokens)
+        counts = self._resamples(tokens, n_resamples)
+        shape = (len(self.languages), len(self.tested))
+        ends = np.zeros((2, *shape))
+        for i, language in enumerate(self.languages):
+            after = self._sums(condition, language, tokens)
+            for j, code in enumerate(self.tested):
+                total = counts[code] @ tokens[code]
+                was, is_now = (counts[code] @ sums[code] / total for sums in (before, after))
+                drawn = np.exp(is_now) - np.exp(was) if metric == "perplexity" else is_now - was
+                ends[:, i, j] = percentiles(drawn, confidence)
+        frames = [pd.DataFrame(end, index=list(self.languages), columns=list(self.tested)) for end in ends]
+        low, high = (frame.rename_axis(index="silenced", columns="tested") for frame in frames)
+        return low, high
+
+    def _control(self, language: str, n_resamples: int, confidence: int | float) -> tuple[float, float]:
+        """Return the interval of the draws' own change: texts and draws are resampled."""
+        if not self.draws:
+            return float("nan"), float("nan")
+        tokens = self._tokens()
+        before = self._sums(NONE, "", tokens)[language]
+        counts = self._resamples(tokens, n_resamples)[language]
+        sums = [self._sums(draw, language, tokens)[language] - before for draw in self.draws]
+        by_draw = counts @ np.stack(sums, axis=1) / (counts @ tokens[language])[:, None]
+        weights = resample_counts(len(sums), n_resamples, int(self.settings["seed"]), "draws", language) / len(sums)
+        return percentiles((by_draw * weights).sum(axis=1), confidence)
+
     def own_minus_largest_other(
         self,
         *,
@@ -194,8 +242,9 @@ class PerplexityMatrix:
         """Return one row a silenced language: its own change in NLL per token, and the random control's.
 
         Columns: `neurons`, `n` texts, `mean` own change with `low` and `high`, `control` (own change, mean over the
-        random draws), `largest_other`, `other`, `difference` with `difference_low` and `difference_high`, `above`,
-        and `control_above`, the share of draws whose interval of the difference is above 0 too.
+        random draws) with `control_low` and `control_high` (texts and draws resampled), `largest_other`, `other`,
+        `difference` with `difference_low` and `difference_high`, `above`, and `control_above`, the share of draws
+        whose interval of the difference is above 0 too.
         """
         own = self.own_minus_largest_other(n_resamples=n_resamples, confidence=confidence)
         random = [
@@ -203,6 +252,7 @@ class PerplexityMatrix:
             for draw in self.draws
         ]
         nan = pd.Series(np.nan, index=own.index)
+        ends = [self._control(str(code), n_resamples, confidence) for code in own.index]
         return pd.DataFrame(
             {
                 "neurons": [self.settings["neurons"].get(code, 0) for code in own.index],
@@ -211,6 +261,8 @@ class PerplexityMatrix:
                 "low": own["own_low"],
                 "high": own["own_high"],
                 "control": sum((table["own"] for table in random), nan.fillna(0.0)) / len(random) if random else nan,
+                "control_low": [low for low, _ in ends],
+                "control_high": [high for _, high in ends],
                 "largest_other": own["largest_other"],
                 "other": own["other"],
                 "difference": own["difference"],
@@ -320,7 +372,9 @@ def perplexity_matrix(
         "seed": seed,
         "site": site,
         "layers": None if layers is None else sorted(layers),
+        "allow": sorted(allow),
         "method": dict(neurons.method),
+        "neurons_from": neurons.provenance.to_dict(),
         "neurons": {code: len(neurons[code]) for code in silenced},
     }
     provenance = adapter.provenance(site, policy.to_dict(), corpus.fingerprint_all(), seed)

@@ -73,6 +73,11 @@ def identify(data: ActivationStats, method: str = "lape", **settings: Any) -> Ne
     for name in settings:
         if name not in known:
             raise SettingError(f"method '{method}' has no setting '{name}'; it has {', '.join(known)}.")
+        wanted = inspect.signature(function).parameters[name].annotation
+        numbers = {int: int, float: (int, float)}
+        if wanted in numbers and (isinstance(settings[name], bool) or not isinstance(settings[name], numbers[wanted])):
+            kind = "a whole number" if wanted is int else "a number"
+            raise SettingError(f"{name}={settings[name]!r} of method '{method}' must be {kind}.")
     return function(data, **settings)
 
 
