@@ -29,6 +29,9 @@ Model = Annotated[str, typer.Option(help="Name on the hub, a local folder, or 'd
 Dtype = Annotated[str | None, typer.Option(help="Data type of the weights, such as float32 or bfloat16.")]
 Device = Annotated[str | None, typer.Option(help="Device, such as cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help="auto, hooked or bridge.")]
+Site = Annotated[str, typer.Option(help="Where values are written, gate_act or post: where they were recorded.")]
+Bos = Annotated[str, typer.Option(help="model, always or never.")]
+Chat = Annotated[str, typer.Option(help="none, or template: each text as a user's message.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -166,11 +169,11 @@ def record(
     languages: Annotated[str | None, typer.Option(help="Comma-separated codes; default: all of the corpus.")] = None,
     field: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     limit: Annotated[int | None, typer.Option(help="First n texts of every language.")] = None,
-    bos: Annotated[str, typer.Option(help="model, always or never.")] = "model",
+    bos: Bos = "model",
     max_tokens: Annotated[int | None, typer.Option(help="Longest piece of a text in tokens.")] = None,
     overflow: Annotated[str, typer.Option(help="truncate, split or error.")] = "truncate",
     pack: Annotated[bool, typer.Option("--pack", help="Concatenate texts to full contexts (LAPE).")] = False,
-    chat: Annotated[str, typer.Option(help="none, or template: each text as a user's message.")] = "none",
+    chat: Chat = "none",
     site: Annotated[str, typer.Option(help="gate_act, post, gate_pre, up, q, k, v, attn_out or mlp_out.")] = "gate_act",
     texts_kept: Annotated[int, typer.Option(help="Texts a language whose means give p_max and its like.")] = 100,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 4096,
@@ -225,6 +228,9 @@ def steer(
     tokens: Annotated[int, typer.Option(help="New tokens.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     samples: Annotated[int, typer.Option(help="Samples a prompt.")] = 1,
+    site: Site = "gate_act",
+    bos: Bos = "model",
+    chat: Chat = "none",
     seed: Seed = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -241,7 +247,12 @@ def steer(
 
     chosen = NeuronSet.load(neurons)[language]
     made = make_factor(factor, chosen, ActivationStats.load(stats), language)
-    conditions = [Condition.none(), Condition(f"{language} {factor}", (made.intervention(chosen),))]
+    if not len(chosen):
+        raise DataError(f"the set has no neurons for {language}, so there is nothing to steer with.")
+    # The library checks site, bos and chat.
+    where: Any = site
+    settings: dict[str, Any] = {"bos": bos, "chat": chat}
+    conditions = [Condition.none(), Condition(f"{language} {factor}", (made.intervention(chosen, site=where),))]
     texts = generate(
         _load_model(model, dtype, device, backend),
         prompt or [""],
@@ -250,6 +261,7 @@ def steer(
         temperature=temperature,
         n=samples,
         seed=seed,
+        **settings,
     ).to_frame()
     guesses = identify_language(texts["text"].tolist())
     texts["language"] = [guess.language for guess in guesses]
@@ -274,6 +286,8 @@ def evaluate(
     bases: Annotated[str | None, typer.Option(help="LSS: comma-separated languages of the prompts.")] = None,
     mid_template: Annotated[str | None, typer.Option(help="LSS: skip, truncate or published.")] = None,
     random_draws: Annotated[int, typer.Option(help="Draws of random neurons.")] = 5,
+    site: Site = "gate_act",
+    chat: Annotated[str | None, typer.Option(help="LSS: none, or template: prompts as a user's messages.")] = None,
     corpus: Annotated[str, typer.Option(help="Texts for perplexity, as in `record`.")] = "packaged:held_out",
     field: Annotated[str, typer.Option(help="Column with the text, in data sets.")] = "text",
     limit: Annotated[int | None, typer.Option(help="Perplexity: first n texts of every language.")] = None,
@@ -294,7 +308,13 @@ def evaluate(
     if score not in ("lss", "perplexity", "forcing"):
         raise SettingError(f"'{score}' is no score; use lss, perplexity or forcing.")
     factors = factor or ["p_max"]
-    only_lss = {"--variant": variant, "--facts": facts, "--bases": bases, "--mid-template": mid_template}
+    only_lss = {
+        "--variant": variant,
+        "--facts": facts,
+        "--bases": bases,
+        "--mid-template": mid_template,
+        "--chat": chat,
+    }
     unused = [name for name, value in only_lss.items() if value is not None and score != "lss"]
     unused += ["--factor"] if factor and score == "perplexity" else []
     if unused:
@@ -307,13 +327,14 @@ def evaluate(
     settings: dict[str, Any] = {
         "languages": languages.split(",") if languages else None,
         "random_draws": random_draws,
+        "site": site,
         "seed": seed,
     }
     result: Any
     if score == "lss":
         if facts is not None:
             settings["facts"] = Facts.from_dataset("json", languages=list(chosen.languages), data_files=facts)
-        settings |= {"variant": variant or "corrected", "mid_template": mid_template}
+        settings |= {"variant": variant or "corrected", "mid_template": mid_template, "chat": chat or "none"}
         settings["bases"] = bases.split(",") if bases else None
         result = language_steering_shift(loaded, chosen, recording, factors=factors, **settings)
     elif score == "perplexity":

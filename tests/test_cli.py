@@ -9,6 +9,7 @@ from models import save_folder
 from lens_neurons import cli
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.reporting import load_part
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -71,6 +72,23 @@ def test_the_whole_path_on_a_local_model(tmp_path, monkeypatch, capsys):
              "--json")
     )  # fmt: skip
     assert table["rows"][0]["cells"] == 6
+
+    for code in ("en", "fr", "sw"):
+        (tmp_path / f"{code}.txt").write_text("rain and rain\nthe cat\nthe mat\n", encoding="utf-8")
+    matrix = tmp_path / "perplexity.jsonl"
+    table = json.loads(
+        call("evaluate", "perplexity", neurons, tmp_path / "stats", "--model", folder, "--out", matrix,
+             "--corpus", tmp_path / "{code}.txt", "--limit", 2, "--random-draws", 1, "--json")
+    )  # fmt: skip
+    assert [row["n"] for row in table["rows"]] == [2, 2, 2]
+    assert load_part(matrix).tested == ("en", "fr", "sw")
+
+    forced = tmp_path / "forcing.parquet"
+    table = json.loads(
+        call("evaluate", "forcing", neurons, tmp_path / "stats", "--model", folder, "--out", forced,
+             "--languages", "fr", "--random-draws", 0, "--json")
+    )  # fmt: skip
+    assert [row["n"] for row in table["rows"]] == [20]
 
     report = tmp_path / "report.html"
     call("report", tmp_path / "stats", neurons, scores, "--out", report)
