@@ -37,10 +37,11 @@ def tables(found):
         "",
         f"The preset selects {min(counts)} to {max(counts)} neurons a language, the published LAPE preset (1%) "
         f"{min(published)} to {max(published)}. Unprompted samples that count under steering "
-        f"(`{found['preset']['forcing']}`): {found['forced_share']:.2f} on average over the 15 languages with plenty of "
-        f"training text, {found['forced_share_random']:.2f} with random neurons, {found['baseline_share']:.2f} without "
-        f"steering. Silencing random neurons hurts the language most in "
-        f"{found['silenced_most_by_own_random']:.1f} of 18, on average over {found['random_draws']['silencing']} draws.",
+        f"(`{found['preset']['forcing']}`): {found['forced_share']:.2f} on average over the 15 languages with plenty "
+        f"of training text, {found['forced_share_random']:.2f} with random neurons, {found['baseline_share']:.2f} "
+        "without steering. Silencing random neurons hurts the language itself most in "
+        f"{found['silenced_most_by_own_random']:.1f} of 18, on average over "
+        f"{found['random_draws']['silencing']} draws.",
     ]
     return "\n".join(lines) + "\n"
 
