@@ -59,7 +59,7 @@ class Preset:
     forcing: str
 
 
-PRESET = Preset("fixed_count", {"units_per_language": 765, "activation_bar_ratio": 0.98}, "4*p_max")
+PRESET = Preset("lape", {"top_rate": 0.14, "filter_rate": 0.95, "activation_bar_ratio": 0.9}, "2*p_max")
 PUBLISHED = Preset("lape", {"top_rate": 0.01, "filter_rate": 0.95, "activation_bar_ratio": 0.95}, "p_max")
 
 
