@@ -15,7 +15,7 @@ from pathlib import Path
 import lens_neurons as ln
 from lens_neurons.demo_run import WELL_FED
 
-LAPE = [(top, bar) for top in (0.01, 0.05, 0.25) for bar in (0.95, 0.9)] + [(0.35, 0.85)]
+LAPE = [(top, bar) for top in (0.01, 0.05, 0.1, 0.14, 0.25) for bar in (0.95, 0.9)] + [(0.35, 0.85)]
 FIXED = [(units, bar) for units in (150, 300, 500, 700, 765) for bar in (0.8, 0.9, 0.95, 0.98)]
 
 
