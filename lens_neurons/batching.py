@@ -87,8 +87,10 @@ class TokenizerInfo:
         """Return the ids that a BOS policy puts before a text: one or none.
 
         Raises:
-            SettingError: BOS is asked for and the tokenizer has none.
+            SettingError: Another policy, or BOS is asked for and the tokenizer has none.
         """
+        if policy not in ("model", "always", "never"):
+            raise SettingError(f"bos={policy!r} is unknown; use 'model', 'always' or 'never'.")
         if policy == "never" or (policy == "model" and not self.prepends_bos):
             return ()
         if self.bos_id is None:
@@ -182,7 +184,9 @@ def encode_prompt(info: TokenizerInfo, text: str, bos: str = "model", chat: str 
 
     Raises:
         DataError: The prompt has no token and the policy adds none.
+        SettingError: An unknown policy, or a tokenizer without a chat template where one is asked for.
     """
+    _check_chat(chat)
     ids = _chat_ids(info, text) if chat == "template" else [*info.bos(bos), *plain_ids(info, text)]
     if not ids:
         raise DataError("an empty prompt needs a BOS token, and this policy adds none; use bos='always' or a text.")
@@ -212,6 +216,7 @@ def encode_pair(
         DataError: No token belongs to the continuation, or nothing stands before it.
         SettingError: A chat template is asked for and the tokenizer has none.
     """
+    _check_chat(chat)
     start = info.bos(bos)
     if chat == "template":
         start, prompt = (), _in_chat_template(info, prompt)
@@ -230,6 +235,11 @@ def encode_pair(
     if len(start) + first == 0:
         raise DataError(f"nothing stands before {answer!r}, so its first token has no probability; add a prompt.")
     return PairEncoding((*start, *ids), len(start) + first)
+
+
+def _check_chat(chat: str) -> None:
+    if chat not in ("none", "template"):
+        raise SettingError(f"chat={chat!r} is unknown; use 'none' or 'template'.")
 
 
 def _chat_ids(info: TokenizerInfo, text: str) -> list[int]:

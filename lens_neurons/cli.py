@@ -287,9 +287,12 @@ def evaluate(
     mid_template: Annotated[str | None, typer.Option(help="LSS: skip, truncate or published.")] = None,
     random_draws: Annotated[int, typer.Option(help="Draws of random neurons.")] = 5,
     site: Site = "gate_act",
+    bos: Annotated[str | None, typer.Option(help="LSS and perplexity: model (default), always or never.")] = None,
     chat: Annotated[str | None, typer.Option(help="LSS: none, or template: prompts as a user's messages.")] = None,
-    corpus: Annotated[str, typer.Option(help="Texts for perplexity, as in `record`.")] = "packaged:held_out",
-    field: Annotated[str, typer.Option(help="Column with the text, in data sets.")] = "text",
+    corpus: Annotated[
+        str | None, typer.Option(help="Perplexity: texts, as in `record`; default: packaged:held_out.")
+    ] = None,
+    field: Annotated[str | None, typer.Option(help="Perplexity: column with the text, in data sets.")] = None,
     limit: Annotated[int | None, typer.Option(help="Perplexity: first n texts of every language.")] = None,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -315,8 +318,11 @@ def evaluate(
         "--mid-template": mid_template,
         "--chat": chat,
     }
+    only_perplexity = {"--corpus": corpus, "--field": field, "--limit": limit}
     unused = [name for name, value in only_lss.items() if value is not None and score != "lss"]
+    unused += [name for name, value in only_perplexity.items() if value is not None and score != "perplexity"]
     unused += ["--factor"] if factor and score == "perplexity" else []
+    unused += ["--bos"] if bos and score == "forcing" else []
     if unused:
         raise SettingError(f"{', '.join(unused)} does nothing for {score}; leave it out.")
     if score == "forcing" and len(factors) > 1:
@@ -329,6 +335,7 @@ def evaluate(
         "random_draws": random_draws,
         "site": site,
         "seed": seed,
+        **({"bos": bos} if bos else {}),
     }
     result: Any
     if score == "lss":
@@ -339,8 +346,9 @@ def evaluate(
         result = language_steering_shift(loaded, chosen, recording, factors=factors, **settings)
     elif score == "perplexity":
         # A pattern or a name on the hub needs languages; a folder has its own.
-        own = corpus.startswith("packaged") or Path(corpus).is_dir()
-        texts = _load_corpus(corpus, None if own else ",".join(chosen.languages), field, limit)
+        source = corpus or "packaged:held_out"
+        own = source.startswith("packaged") or Path(source).is_dir()
+        texts = _load_corpus(source, None if own else ",".join(chosen.languages), field or "text", limit)
         result = perplexity_matrix(loaded, chosen, texts, **settings)
     else:
         result = forced_share(loaded, chosen, recording, factor=factors[0], **settings)

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -168,7 +169,7 @@ class Corpus:
             name: Its name in results; default: the folder's name, or "files".
 
         Raises:
-            DataError: A folder without such files, or a file that does not exist.
+            DataError: A folder without such files, or a file that does not exist or is no text in UTF-8.
         """
         if isinstance(paths, str | os.PathLike):
             folder = Path(paths)
@@ -243,8 +244,10 @@ class Corpus:
         labels = list(languages or by_language or ())
         if not labels:
             raise DataError("from_dataset needs languages=[...], or data_files= or config= as a mapping by language.")
-        if data_files is None and revision is None:
+        if revision is None:
             revision = _hub_commit(path)
+        local = path not in _LOCAL_KINDS and Path(path).is_dir()
+        folder = _listed(Path(path)) if local else None
         sources: dict[str, _Source] = {}
         for label in labels:
             chosen = {
@@ -256,7 +259,7 @@ class Corpus:
                 "streaming": streaming,
             }
             column = str(_fill(settings["field"], label))
-            files = _listed(Path(path)) if Path(path).is_dir() else _hashed(chosen["data_files"])
+            files = [_hashed(chosen["data_files"]), folder]
             identity = sha256_of(json.dumps([{**chosen, "data_files": files}, column, limit]))
             _add(sources, label, _Source(_dataset_reader(chosen, column, limit), identity))
         return cls(preset or path, sources)
@@ -296,7 +299,7 @@ def _line_reader(paths: tuple[Path, ...]) -> Callable[[], Iterator[str]]:
                     for line in stream:
                         if text := line.strip():
                             yield text
-            except (OSError, EOFError, UnicodeDecodeError) as error:
+            except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
                 raise DataError(
                     f"{path} cannot be read as text in UTF-8 ({error}); mend or leave out the file."
                 ) from error
@@ -326,7 +329,7 @@ def load_rows(chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         rows: Any = datasets.load_dataset(**arguments)
         for row in rows:
             yield dict(row)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
         what = arguments.get("data_files", arguments["path"])
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{what} cannot be read as a data set ({reason}); check the name or the files.") from error
@@ -337,10 +340,12 @@ def _hub_commit(path: str) -> str | None:
     if Path(path).exists() or path in _LOCAL_KINDS:
         return None
     try:
-        return HfApi().dataset_info(path).sha
+        commit = HfApi().dataset_info(path, timeout=10).sha
     except Exception as error:  # noqa: BLE001 (whose errors come, of which HTTP library, is the hub client's affair)
         _LOGGER.warning("the commit of data set %s is not known (%s); give revision= to pin it", path, error)
         return None
+    _LOGGER.info("data set %s at commit %s; give it as revision= to go on with it later", path, commit)
+    return commit
 
 
 def _of(value: Any, label: str) -> Any:
@@ -365,7 +370,8 @@ def _hashed(value: Any) -> Any:
     return found
 
 
-def _listed(folder: Path) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of a folder's files: what tells whether a local data set has changed."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _listed(folder: Path) -> list[tuple[str, str]]:
+    """Return names and hashes of a data set's files, those in dot-folders left out."""
+    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [(name.as_posix(), sha256_of(folder / name)) for name in shown]

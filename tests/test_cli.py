@@ -66,6 +66,13 @@ def test_the_whole_path_on_a_local_model(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert [row["condition"] for row in steered["rows"]] == ["none", "fr 2*p_max"]
 
+    code, _, err = run(monkeypatch, capsys, "steer", neurons, tmp_path / "stats", "--language", "fr", "--model", folder,
+                       "--chat", "templat")  # fmt: skip
+    assert (code, "chat='templat' is unknown" in err) == (2, True)
+    code, _, err = run(monkeypatch, capsys, "steer", neurons, tmp_path / "stats", "--language", "fr", "--model", folder,
+                       "--site", "post")  # fmt: skip
+    assert (code, "recorded at 'gate_act'" in err) == (2, True)
+
     scores = tmp_path / "lss.parquet"
     table = json.loads(
         call("evaluate", "lss", neurons, tmp_path / "stats", "--model", folder, "--out", scores, "--factor", "p_max",
@@ -106,6 +113,11 @@ def test_the_whole_path_on_a_local_model(tmp_path, monkeypatch, capsys):
         (("record", "--out", "x", "--dtype", "float7"), "dtype='float7' is unknown"),
         (("evaluate", "bleu", "n", "s"), "'bleu' is no score"),
         (("show", "no-such-file"), "no-such-file"),
+        (("evaluate", "lss", "n", "s", "--limit", 3), "--limit does nothing for lss"),
+        (
+            ("evaluate", "forcing", "n", "s", "--bos", "never", "--chat", "none"),
+            "--chat, --bos does nothing for forcing",
+        ),
         (("record", "--out", "x", "--corpus", "no-such-folder"), "no folder no-such-folder"),
         (("record", "--out", "x", "--corpus", "no-{code}.txt", "--languages", "en"), "no-en.txt"),
     ],

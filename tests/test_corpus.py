@@ -101,6 +101,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "fr.txt.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"fr\.txt\.gz cannot be read"):
         Corpus.from_files(tmp_path)
+    (tmp_path / "fr.txt.gz").write_bytes(whole[:200] + bytes([whole[200] ^ 255]) + whole[201:])
+    with pytest.raises(DataError, match=r"fr\.txt\.gz cannot be read"):
+        Corpus.from_files(tmp_path)
     missing = Corpus.from_dataset("json", data_files={"en": str(tmp_path / "gone.jsonl")})
     with pytest.raises(DataError, match=r"gone\.jsonl cannot be read as a data set"):
         list(missing.texts("en"))
@@ -123,8 +126,24 @@ def test_the_files_behind_a_pattern_are_part_of_the_fingerprint(tmp_path):
     assert len(prints) == 2
 
 
+def test_the_files_of_a_local_data_set_are_part_of_the_fingerprint(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    prints = set()
+    for content in ("one", "two"):
+        (tmp_path / "set" / "a.txt").write_text(content, encoding="utf-8")
+        for name in ("a.txt", "b.txt"):
+            made = Corpus.from_dataset(str(tmp_path / "set"), data_files={"en": name})
+            prints.add(made.fingerprint("en"))
+    assert len(prints) == 4
+    # A folder that bears the name of a kind of file is not what is read.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    mine = {Corpus.from_dataset("text", data_files={"en": f"set/{name}"}).fingerprint("en") for name in ("a.txt", "b")}
+    assert len(mine) == 2
+
+
 class UnreachableHub:
-    def dataset_info(self, path):
+    def dataset_info(self, path, timeout):
         raise ConnectionError(path)
 
 
@@ -133,7 +152,7 @@ def test_a_data_set_on_the_hub_is_kept_to_one_commit(monkeypatch):
     monkeypatch.setattr(corpus_module, "load_rows", lambda chosen: asked.append(chosen["revision"]) or iter(()))
     prints = []
     for commit in ("one", "two"):
-        newest = SimpleNamespace(dataset_info=lambda _, commit=commit: SimpleNamespace(sha=commit))
+        newest = SimpleNamespace(dataset_info=lambda _, timeout, commit=commit: SimpleNamespace(sha=commit))
         monkeypatch.setattr(corpus_module, "HfApi", lambda newest=newest: newest)
         made = Corpus.from_dataset("some/set", languages=["en"])
         assert list(made.texts("en")) == []

@@ -19,7 +19,7 @@ from oracle import sentence
 
 from lens_neurons.batching import encode_pair
 from lens_neurons.errors import DataError, ProvenanceError, SettingError
-from lens_neurons.evaluation import questions
+from lens_neurons.evaluation import lss, questions
 from lens_neurons.evaluation.lss import SteeringScores, language_steering_shift
 from lens_neurons.evaluation.tables import COLUMNS, chosen
 from lens_neurons.facts import Facts
@@ -234,13 +234,42 @@ def test_the_mean_without_targets_that_have_no_neurons(parts, facts) -> None:
     assert row["mean_with_neurons"] > row["mean"]
 
 
+def test_layers_that_leave_a_target_without_neurons(parts, facts) -> None:
+    _, model, neurons, stats = parts
+    late = neurons.restrict([1])
+    units = dataclasses.replace(neurons, tables={**neurons.tables, "sw": late.tables["sw"]})
+    found = language_steering_shift(model, units, stats, facts, layers=[0], random_draws=0, progress=False)
+    assert found.settings["empty"] == ["sw"]
+    matrix = found.matrix("p_max").drop(columns="sw")
+    assert found.summary(n_resamples=1).loc["p_max", "mean_with_neurons"] == pytest.approx(np.nanmean(matrix))
+
+
+def test_values_of_another_site_are_refused_before_anything_is_scored(parts, facts, monkeypatch) -> None:
+    _, model, neurons, stats = parts
+    monkeypatch.setattr(lss, "score_rows", lambda *_, **__: pytest.fail("something was scored"))
+    with pytest.raises(SettingError, match="recorded at 'gate_act' and would be written at 'post'"):
+        language_steering_shift(model, neurons, stats, facts, ["=0", "p_max"], site="post", progress=False)
+
+
+@pytest.mark.parametrize("setting", [{"chat": "templat"}, {"bos": "alway"}])
+def test_misspelt_policies_are_refused(setting, parts, facts) -> None:
+    _, model, neurons, stats = parts
+    with pytest.raises(SettingError, match="is unknown; use"):
+        language_steering_shift(model, neurons, stats, facts, random_draws=0, progress=False, **setting)
+
+
 def test_prompts_in_the_chat_template(parts, facts, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, neurons, stats = parts
     seen = set()
+    tokenizer = adapt(model).tokens.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}[{{ m['content'] }}]{% endfor %}>")
 
     def watch(info, prompt, answer, bos, how, chat):
+        pair = encode_pair(info, prompt, answer, bos, how, chat)
         seen.add((prompt, answer, chat))
-        return encode_pair(info, prompt, answer, bos, how)
+        expected = tokenizer(f"[{prompt}]>{answer}", add_special_tokens=False)["input_ids"]
+        assert list(pair.ids) == expected
+        return pair
 
     monkeypatch.setattr(questions, "encode_pair", watch)
     found = language_steering_shift(

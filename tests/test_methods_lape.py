@@ -1,6 +1,8 @@
+import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +118,18 @@ def test_bad_settings_are_sentences():
         identify(stats, method="nope")
     with pytest.raises(SettingError, match="no setting 'rate'; it has top_rate"):
         identify(stats, method="lape", rate=0.1)
+
+
+def test_settings_must_be_numbers():
+    tokens, positive = random_counts(0, (2, 10), ["en", "fr"])
+    stats = ActivationStats.from_counts(tokens, positive)
+    for setting in ({"top_rate": "abc"}, {"top_rate": True}, {"filter_rate": None}):
+        with pytest.raises(SettingError, match="must be a number"):
+            identify(stats, "lape", **setting)
+    with pytest.raises(SettingError, match=r"units_per_language=0\.5 .* must be a whole number"):
+        identify(stats, "fixed_count", units_per_language=0.5)
+    found = identify(stats, "fixed_count", units_per_language=np.int64(2), activation_bar_ratio=np.float32(0.5))
+    assert json.loads(json.dumps(found.method)) == found.method
 
 
 def test_the_registry_lists_and_cites():

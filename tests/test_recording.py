@@ -556,6 +556,15 @@ def test_damage_is_found_and_named(tmp_path, corpus, finished, damage, pattern):
         record(load(), corpus, tmp_path / "r", **SMALL)
 
 
+def test_a_stray_file_among_the_shards_is_named(tmp_path, corpus):
+    record(load(), corpus, tmp_path / "r", **SMALL)
+    (tmp_path / "r" / "stats.safetensors").unlink()
+    shutil.rmtree(tmp_path / "r" / "languages")
+    (tmp_path / "r" / "shards" / "mine.safetensors").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"mine\.safetensors is no shard"):
+        record(load(), corpus, tmp_path / "r", **SMALL)
+
+
 def test_a_finished_recording_is_read_from_its_result_alone(tmp_path, corpus):
     expected = record(load(), corpus, tmp_path / "r", **SMALL)
     for file in [*(tmp_path / "r" / "shards").iterdir(), *(tmp_path / "r" / "languages").iterdir()]:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.adapter import Adapter
 from lens_neurons.edits import EditSite
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation.tables import NEURONS, control_label
@@ -48,6 +49,16 @@ class Treatments:
     items: tuple[Treatment, ...]
     notes: tuple[str, ...]
     empty: tuple[str, ...]
+
+    def require_writable(self, adapter: Adapter) -> None:
+        """Raise before any work where a factor's values cannot be written.
+
+        Raises:
+            SettingError: They were recorded at another site.
+        """
+        first = {item.factor: item.condition for item in self.items if item.condition is not None}
+        for condition in first.values():
+            condition.edits(adapter)
 
 
 def treatments(

@@ -297,7 +297,6 @@ def forced_share(
     reference = Corpus.packaged("held_out") if reference is None else reference
     adapter = adapt(model)
     codes = chosen_languages(languages, neurons=neurons.languages, reference=reference.languages)
-    known = {code: _reference_nll(model, adapter, reference, code, batch_tokens) for code in codes}
     compared = treatments(
         adapter.provenance(),
         neurons,
@@ -309,6 +308,8 @@ def forced_share(
         layers=layers,
         allow=allow,
     )
+    compared.require_writable(adapter)
+    known = {code: _reference_nll(model, adapter, reference, code, batch_tokens) for code in codes}
     # A language without neurons is sampled under a condition that does nothing.
     conditions = [_condition(treatment) for treatment in compared.items]
     draw_seed = derive_seed(seed, "forcing")

@@ -65,7 +65,8 @@ class SteeringScores:
             language steered to, `item` the fact's id; metric "lss" is 1 where the answer moved towards the target,
             metric "margin" by how many nats.
         dropped: One row a base and target: facts scored, and those left out: `identical` answers, `skipped` for a
-            slot that is not last, `missing` in one of the languages, `unscorable` for this tokenizer.
+            slot that is not last or has nothing before it, `missing` in one of the languages, `unscorable` for this
+            tokenizer.
         notes: What a reader must know, such as languages without neurons.
         settings: Variant, factors, seed, languages, neurons a language, and the other arguments.
         provenance: The model, its neurons' policy, the facts.
@@ -171,7 +172,12 @@ class SteeringScores:
         `mean_with_neurons` is the mean without the targets that have no neurons, which `mean` counts as 0.
         """
         rows = [self._row(name, range(len(self._pairs())), n_resamples, confidence) for name in self.factors]
-        steered = [i for i, (_, target) in enumerate(self._pairs()) if self.settings["neurons"].get(target, 0)]
+        empty = self.settings.get("empty", [])
+        steered = [
+            i
+            for i, (_, target) in enumerate(self._pairs())
+            if target not in empty and self.settings["neurons"].get(target, 0)
+        ]
         for name, row in zip(self.factors, rows, strict=True):
             values = cell_means(self._cells(name, NEURONS, "lss")[steered])
             row["mean_with_neurons"] = float(mean_over_cells(values)) if steered else float("nan")
@@ -326,6 +332,7 @@ def language_steering_shift(
     compared = treatments(
         adapter.provenance(), neurons, stats, targets, draws, seed=seed, site=site, layers=layers, allow=allow
     )
+    compared.require_writable(adapter)
     blocks = _score(model, asker.pairs, cells, compared.items, batch_tokens, progress)
     dropped = pd.DataFrame([{"base": cell.base, "target": cell.target, **cell.left_out} for cell in cells])
     settings = {
@@ -347,6 +354,7 @@ def language_steering_shift(
         "method": dict(neurons.method),
         "neurons_from": neurons.provenance.to_dict(),
         "neurons": {code: len(neurons[code]) for code in targets},
+        "empty": list(compared.empty),
     }
     provenance = adapter.provenance(site, {"bos": bos, "chat": chat}, facts.fingerprint(), seed)
     return SteeringScores(tidy(blocks), dropped, (*compared.notes, *_lost(dropped)), settings, provenance)

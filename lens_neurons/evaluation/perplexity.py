@@ -362,6 +362,7 @@ def perplexity_matrix(
         layers=layers,
         allow=allow,
     )
+    compared.require_writable(adapter)
     blocks = _score(model, texts, compared.items, batch_tokens, progress)
     settings = {
         "intervention": intervention,

@@ -1,6 +1,7 @@
 """The registry of identification methods: adding one is one file with one decorated function."""
 
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec
@@ -64,7 +65,7 @@ def identify(data: ActivationStats, method: str = "lape", **settings: Any) -> Ne
         **settings: The method's own settings.
 
     Raises:
-        SettingError: An unknown method or setting.
+        SettingError: An unknown method or setting, or a value that is no number where one is wanted.
     """
     if method not in _METHODS:
         raise SettingError(f"method={method!r} is unknown; use one of {', '.join(sorted(_METHODS))}.")
@@ -74,11 +75,19 @@ def identify(data: ActivationStats, method: str = "lape", **settings: Any) -> Ne
         if name not in known:
             raise SettingError(f"method '{method}' has no setting '{name}'; it has {', '.join(known)}.")
         wanted = inspect.signature(function).parameters[name].annotation
-        numbers = {int: int, float: (int, float)}
-        if wanted in numbers and (isinstance(settings[name], bool) or not isinstance(settings[name], numbers[wanted])):
-            kind = "a whole number" if wanted is int else "a number"
-            raise SettingError(f"{name}={settings[name]!r} of method '{method}' must be {kind}.")
+        if wanted in _NUMBERS:
+            settings[name] = _number(method, name, settings[name], wanted)
     return function(data, **settings)
+
+
+_NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
+
+
+def _number(method: str, name: str, value: Any, wanted: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS[wanted]):
+        kind = "a whole number" if wanted is int else "a number"
+        raise SettingError(f"{name}={value!r} of method '{method}' must be {kind}.")
+    return wanted(value)
 
 
 def list_methods() -> pd.DataFrame:

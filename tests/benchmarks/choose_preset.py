@@ -2,8 +2,8 @@
 
     python tests/benchmarks/choose_preset.py --model demo --out presets.json [--facts 8] [--forcing]
 
-Nothing that the bars are reported on (even ids, the held-out sentences) is looked at here. The tables it prints are
-those of demo/MODEL_CARD.md.
+Nothing that the bars are reported on (even ids, the held-out sentences) is looked at here. demo/MODEL_CARD.md lists
+what was tried on the packaged model.
 """
 
 import argparse
