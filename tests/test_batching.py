@@ -121,6 +121,16 @@ def test_a_reply_is_scored_after_its_prompt_in_the_chat_template(boundary):
     assert list(pair.ids[pair.answer_start :]) == plain(info, "wet")
 
 
+@pytest.mark.parametrize("setting", [{"chat": "templat"}, {"bos": "alway"}])
+def test_unknown_policies_are_refused(setting):
+    for call in (
+        lambda: encode_pair(make_info(), "rain", "wet", **setting),
+        lambda: encode_prompt(make_info(), "rain", **setting),
+    ):
+        with pytest.raises(SettingError, match=r"alway.* is unknown|templat.* is unknown"):
+            call()
+
+
 def test_padding_on_both_sides():
     tokens, mask = pad([[5, 6, 7], [8]], pad_id=0)
     assert tokens.tolist() == [[5, 6, 7], [8, 0, 0]]

@@ -67,9 +67,6 @@ def test_the_whole_path_on_a_local_model(tmp_path, monkeypatch, capsys):
     assert [row["condition"] for row in steered["rows"]] == ["none", "fr 2*p_max"]
 
     code, _, err = run(monkeypatch, capsys, "steer", neurons, tmp_path / "stats", "--language", "fr", "--model", folder,
-                       "--chat", "templat")  # fmt: skip
-    assert (code, "chat='templat' is unknown" in err) == (2, True)
-    code, _, err = run(monkeypatch, capsys, "steer", neurons, tmp_path / "stats", "--language", "fr", "--model", folder,
                        "--site", "post")  # fmt: skip
     assert (code, "recorded at 'gate_act'" in err) == (2, True)
 

@@ -251,13 +251,6 @@ def test_values_of_another_site_are_refused_before_anything_is_scored(parts, fac
         language_steering_shift(model, neurons, stats, facts, ["=0", "p_max"], site="post", progress=False)
 
 
-@pytest.mark.parametrize("setting", [{"chat": "templat"}, {"bos": "alway"}])
-def test_misspelt_policies_are_refused(setting, parts, facts) -> None:
-    _, model, neurons, stats = parts
-    with pytest.raises(SettingError, match="is unknown; use"):
-        language_steering_shift(model, neurons, stats, facts, random_draws=0, progress=False, **setting)
-
-
 def test_prompts_in_the_chat_template(parts, facts, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, neurons, stats = parts
     seen = set()
