@@ -1,7 +1,7 @@
 """The state of a training run, and one step of it.
 
 Weights and the optimizer are float32; every step works on a bfloat16 copy, which spares autocast's casts. AdamW moves
-everything: Muon reaches a lower loss sooner, but the neurons that it makes steer far less (demo/MODEL_CARD.md).
+everything: with Muon the loss falls sooner, but the neurons steered far less (demo/MODEL_CARD.md).
 """
 
 import functools
