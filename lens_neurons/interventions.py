@@ -14,6 +14,7 @@ gated MLP holds post = a * u + b. At `site="gate_act"`, the papers' one, an inte
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ def factor(
 
 
 @dataclass(frozen=True, eq=False)
-class Intervention:
+class Intervention(ABC):
     """What is done to some neurons; use one of the subclasses.
 
     Attributes:
@@ -170,9 +171,9 @@ class Intervention:
             mask[[layer for layer in range(len(mask)) if layer not in self.layers]] = False
         return mask
 
+    @abstractmethod
     def _value(self) -> Value:
         """Return v, c or m."""
-        raise NotImplementedError
 
     @property
     def needs_row_statistics(self) -> bool:

@@ -1,5 +1,6 @@
 """Small results of every kind, made up but of the real classes: for tests of figures and reports, and to look at."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cache
 
@@ -8,6 +9,7 @@ import pandas as pd
 import torch
 
 from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.collecting import PartialSums
 from lens_neurons.evaluation.contexts import TopTexts
 from lens_neurons.evaluation.forcing import ForcingScores
 from lens_neurons.evaluation.lss import SteeringScores
@@ -207,3 +209,20 @@ def make_top_texts() -> TopTexts:
         ]
     ).set_index("language")
     return TopTexts(pd.DataFrame(rows), summary, 3, 17, "gate_act", "made up", PROVENANCE)
+
+
+def make_partial(values: np.ndarray, positions: list[int] | None = None, seed: int = 0, **changes) -> PartialSums:
+    """Return the sums of some activations [token layer neuron], with made-up text rows."""
+    positions = [0, 2, 5, 7] if positions is None else positions
+    rows = np.random.default_rng(seed).normal(size=(len(positions), *values.shape[1:]))
+    parts = PartialSums(
+        tokens=len(values),
+        texts=10,
+        positive=torch.from_numpy((values > 0).sum(axis=0)),
+        sum=torch.from_numpy(values.sum(axis=0)),
+        sum_sq=torch.from_numpy((values**2).sum(axis=0)),
+        sum_positive=torch.from_numpy(values.clip(min=0).sum(axis=0)),
+        row_positions=torch.tensor(positions, dtype=torch.int64),
+        rows=torch.from_numpy(rows).float(),
+    )
+    return dataclasses.replace(parts, **changes)

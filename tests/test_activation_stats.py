@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from results import make_partial
 
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.collecting import PartialSums
@@ -22,23 +23,6 @@ TENSORS = ("tokens", "texts", "positive", "sum", "sum_sq", "sum_positive", "text
 
 def make_values(seed: int, tokens: int = 20) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(tokens, *SHAPE))
-
-
-def make_partial(values: np.ndarray, positions: list[int] | None = None, seed: int = 0, **changes) -> PartialSums:
-    """Return the sums of some activations [token layer neuron], with made-up text rows."""
-    positions = [0, 2, 5, 7] if positions is None else positions
-    rows = np.random.default_rng(seed).normal(size=(len(positions), *SHAPE))
-    parts = PartialSums(
-        tokens=len(values),
-        texts=10,
-        positive=torch.from_numpy((values > 0).sum(axis=0)),
-        sum=torch.from_numpy(values.sum(axis=0)),
-        sum_sq=torch.from_numpy((values**2).sum(axis=0)),
-        sum_positive=torch.from_numpy(values.clip(min=0).sum(axis=0)),
-        row_positions=torch.tensor(positions, dtype=torch.int64),
-        rows=torch.from_numpy(rows).float(),
-    )
-    return dataclasses.replace(parts, **changes)
 
 
 def make_stats(*languages: str, **changes) -> ActivationStats:

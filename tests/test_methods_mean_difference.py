@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from results import make_partial
 
 from lens_neurons.activation_stats import ActivationStats
-from lens_neurons.collecting import PartialSums
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.methods import identify
 from lens_neurons.storage import Provenance
@@ -24,19 +24,7 @@ def make_values(seed: int) -> dict[str, np.ndarray]:
 
 
 def make_stats(values: dict[str, np.ndarray]) -> ActivationStats:
-    def sums(own: np.ndarray) -> PartialSums:
-        return PartialSums(
-            tokens=len(own),
-            texts=1,
-            positive=torch.from_numpy((own > 0).sum(axis=0)),
-            sum=torch.from_numpy(own.sum(axis=0)),
-            sum_sq=torch.from_numpy((own**2).sum(axis=0)),
-            sum_positive=torch.from_numpy(own.clip(min=0).sum(axis=0)),
-            row_positions=torch.empty(0, dtype=torch.int64),
-            rows=torch.empty(0, *SHAPE),
-        )
-
-    partials = {code: sums(own) for code, own in values.items()}
+    partials = {code: make_partial(own, []) for code, own in values.items()}
     return ActivationStats.from_partials(partials, provenance=Provenance.unknown(SHAPE, "gate_act"))
 
 

@@ -494,15 +494,14 @@ sys.stdout.write(str(kills))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))])
 def test_killed_at_random_points(tmp_path, seed):
     folder = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.parent)}
     arguments = [sys.executable, "-c", KILLED, folder, tiny("llama").folder, tmp_path, str(seed)]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
-    # When a kill falls is a matter of the machine; that one falls is what the test is about.
-    assert int(done.stdout) >= 1
+    assert int(done.stdout) >= 2
     assert len(list((tmp_path / "whole").rglob("*.safetensors"))) > 20
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
 

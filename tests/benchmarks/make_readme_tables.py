@@ -6,6 +6,7 @@ python tests/benchmarks/make_readme_tables.py demo_full.json
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -33,16 +34,16 @@ def tables(found):
     lines += ["", "| factor | LSS, mean and 95% interval |", "|---|---|"]
     lines += [f"| {k} | {v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}] |" for k, v in found["lss"].items()]
     counts, published = found["neurons_per_language"].values(), found["neurons_per_language_published"].values()
-    lines += [
-        "",
+    prose = (
         f"The preset selects {min(counts)} to {max(counts)} neurons a language, the published LAPE preset (1%) "
         f"{min(published)} to {max(published)}. Unprompted samples that count under steering "
         f"(`{found['preset']['forcing']}`): {found['forced_share']:.2f} on average over the 15 languages with plenty "
         f"of training text, {found['forced_share_random']:.2f} with random neurons, {found['baseline_share']:.2f} "
         "without steering. Silencing random neurons hurts the language itself most in "
         f"{found['silenced_most_by_own_random']:.1f} of 18, on average over "
-        f"{found['random_draws']['silencing']} draws.",
-    ]
+        f"{found['random_draws']['silencing']} draws."
+    )
+    lines += ["", *textwrap.wrap(prose, 120, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"
 
 
