@@ -207,7 +207,7 @@ def test_generations_stand_side_by_side_by_prompt(tmp_path: Path):
 
 def test_provenance_has_a_column_for_each_origin(tmp_path: Path):
     neurons = make_neurons(FEW)
-    other = NeuronSet(neurons.tables, neurons.site, neurons.shape, PROVENANCE.replace(model="another"), neurons.method)
+    other = NeuronSet(neurons.tables, neurons.sites, PROVENANCE.replace(model="another"), neurons.method)
     page = Page(write_report([neurons, make_stats(neurons), other], tmp_path / "x.html"))
     text = page.text[page.text.index("Where the results come from") :]
     assert "1: NeuronSet, ActivationStats 2: NeuronSet model" in text
