@@ -4,6 +4,7 @@ from . import errors, figures
 from .activation_stats import ActivationStats
 from .adapter import Adapter
 from .batching import TokenPolicy
+from .collect import Collect
 from .corpus import Corpus
 from .errors import LensNeuronsError
 from .evaluation.contexts import TopTexts, top_texts
@@ -26,11 +27,13 @@ from .interventions import (
     steer,
 )
 from .languages import DEMO_LANGUAGES, LANGUAGES, Language, get_language
-from .methods import cite, identify, list_methods
+from .methods import cite, collect_for, identify, list_methods
 from .model import adapt, load_model
 from .neurons import NeuronSet
+from .recorded import Recording
 from .recording import RecordingPlan, plan, record
 from .reporting import write_report
+from .responses import TextResponses
 from .storage import Provenance
 
 __version__: str
@@ -42,6 +45,7 @@ __all__ = [
     "Adapter",
     "Add",
     "Amplify",
+    "Collect",
     "Condition",
     "Corpus",
     "Fact",
@@ -58,14 +62,17 @@ __all__ = [
     "Override",
     "PerplexityMatrix",
     "Provenance",
+    "Recording",
     "RecordingPlan",
     "Silence",
     "SteeringScores",
     "TestTime",
+    "TextResponses",
     "TokenPolicy",
     "TopTexts",
     "adapt",
     "cite",
+    "collect_for",
     "errors",
     "factor",
     "figures",

@@ -177,8 +177,8 @@ class RunningSums:
         torch.mul(active, active, out=made[0])
         torch.clamp_min(active, 0, out=made[1])
         torch.gt(active, 0, out=made[2])
-        text_sums += _weighted(weights, active)
-        others += _weighted(weights.reshape(1, -1).expand(3, -1), made.flatten(1, 2))
+        text_sums += weighted_sums(weights, active)
+        others += weighted_sums(weights.reshape(1, -1).expand(3, -1), made.flatten(1, 2))
 
     def _buffer(self, like: Float[Tensor, "row cell neuron"]) -> Float[Tensor, "three row cell neuron"]:
         """Return room for three tensors of a shape, the same memory each time."""
@@ -225,7 +225,7 @@ class RunningSums:
         return made
 
 
-def _weighted(
+def weighted_sums(
     weights: Float[Tensor, "group cell"], values: Float[Tensor, "group cell neuron"]
 ) -> Float[Tensor, "group neuron"]:
     """Return sum_cell weights * values, in the type of both."""

@@ -7,23 +7,78 @@ goes on where it stopped, and what comes out is bit-equal to that of a recording
 
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, overload
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.adapter import Adapter
 from lens_neurons.batching import Batch, Shard
+from lens_neurons.collect import Collect
 from lens_neurons.collecting import PartialSums, RunningSums
+from lens_neurons.collectors import Collector
 from lens_neurons.corpus import Corpus
 from lens_neurons.errors import DataError
+from lens_neurons.recorded import Recording, rows_of
 from lens_neurons.recording_files import RecordingFolder
 from lens_neurons.recording_plan import PRESETS, RecordingJob, RecordingPlan, foresee, prepare
+from lens_neurons.responses import Rows
 
 __all__ = ["PRESETS", "RecordingPlan", "plan", "record", "run_reference"]
 
 _LOGGER = logging.getLogger("lens_neurons")
+
+
+@overload
+def record(
+    model: Any,
+    corpus: Corpus,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    languages: Sequence[str] | None = None,
+    site: str = "gate_act",
+    bos: Literal["model", "always", "never"] = "model",
+    count_special: bool = False,
+    max_tokens: int | None = None,
+    overflow: Literal["truncate", "split", "error"] = "truncate",
+    pack: bool = False,
+    chat: Literal["none", "template"] = "none",
+    texts_kept: int = 100,
+    batch_tokens: int = 4096,
+    shard_tokens: int = 65_536,
+    fast: bool = True,
+    progress: bool = True,
+    preset: str | None = None,
+    seed: int = 0,
+    collect: None = None,
+) -> ActivationStats: ...
+
+
+@overload
+def record(
+    model: Any,
+    corpus: Corpus,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    languages: Sequence[str] | None = None,
+    site: str = "gate_act",
+    bos: Literal["model", "always", "never"] = "model",
+    count_special: bool = False,
+    max_tokens: int | None = None,
+    overflow: Literal["truncate", "split", "error"] = "truncate",
+    pack: bool = False,
+    chat: Literal["none", "template"] = "none",
+    texts_kept: int = 100,
+    batch_tokens: int = 4096,
+    shard_tokens: int = 65_536,
+    fast: bool = True,
+    progress: bool = True,
+    preset: str | None = None,
+    seed: int = 0,
+    collect: Collect,
+) -> Recording: ...
 
 
 def record(
@@ -46,8 +101,9 @@ def record(
     progress: bool = True,
     preset: str | None = None,
     seed: int = 0,
-) -> ActivationStats:
-    """Return the statistics of every neuron on every language of a corpus.
+    collect: Collect | None = None,
+) -> ActivationStats | Recording:
+    """Return the statistics of every neuron on every language of a corpus, or all that `collect` asks for.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
@@ -69,6 +125,8 @@ def record(
         progress: Show a progress bar.
         preset: How a published study recorded: one of `PRESETS`.
         seed: Kept with the result; nothing here is random.
+        collect: What else to take from the same pass, such as `collect_for(["average_precision"])`; the result is
+            then a `Recording`, which has the statistics as `stats`.
 
     Raises:
         SettingError: An argument has a value that is not allowed.
@@ -87,6 +145,7 @@ def record(
         shard_tokens=shard_tokens,
         preset=preset,
         seed=seed,
+        collect=collect,
         bos=bos,
         count_special=count_special,
         max_tokens=max_tokens,
@@ -95,28 +154,21 @@ def record(
         chat=chat,
     )
     folder = None if path is None else RecordingFolder(path, job.provenance, job.corpus.languages)
-    if folder is not None and (finished := folder.open()) is not None:
-        return finished
-    job.adapter.probe([site])
-    planned = None if folder is None else folder.plan()
-    foreseen = foresee(job, saved=folder is not None) if planned is None else RecordingPlan(**planned)
-    if folder is not None and planned is None:
-        folder.start(vars(foreseen))
-    _LOGGER.info("%s %s", "recording" if planned is None else "going on with the recording", foreseen)
-    sums = RunningSums(job.adapter, site, job.texts_kept)
-    parts: list[ActivationStats] = []
-    with tqdm(total=foreseen.total_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
-        if not fast:
-            parts = [_record_language(job, code, sums, folder, bar, fast=False) for code in job.corpus.languages]
-        else:
-            # Entered once for the whole corpus: entering costs milliseconds.
-            with job.adapter.hooks(sums.pairs()):
-                parts = [_record_language(job, code, sums, folder, bar, fast=True) for code in job.corpus.languages]
-        bar.total = bar.n
-    stats = parts[0].merge(*parts[1:])
-    if folder is not None:
-        folder.finish(stats)
-    return stats
+    made = None if folder is None else folder.open()
+    if made is None:
+        job.adapter.probe(job.sites)
+        planned = None if folder is None else folder.plan()
+        foreseen = foresee(job, saved=folder is not None) if planned is None else RecordingPlan(**planned)
+        if folder is not None and planned is None:
+            folder.start(vars(foreseen))
+        _LOGGER.info("%s %s", "recording" if planned is None else "going on with the recording", foreseen)
+        with tqdm(total=foreseen.total_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
+            made = _Pass(job, folder, bar, fast=fast).run()
+            bar.total = bar.n
+        if folder is not None:
+            folder.finish(made)
+    assert made.stats is not None
+    return made.stats if collect is None else made
 
 
 def plan(
@@ -135,6 +187,7 @@ def plan(
     batch_tokens: int = 4096,
     shard_tokens: int = 65_536,
     preset: str | None = None,
+    collect: Collect | None = None,
 ) -> RecordingPlan:
     """Return what `record` with the same arguments will take: tokens, time, memory, disk.
 
@@ -155,6 +208,7 @@ def plan(
         shard_tokens=shard_tokens,
         preset=preset,
         seed=0,
+        collect=collect,
         bos=bos,
         count_special=count_special,
         max_tokens=max_tokens,
@@ -162,58 +216,116 @@ def plan(
         pack=pack,
         chat=chat,
     )
-    job.adapter.probe([site])
+    job.adapter.probe(job.sites)
     return foresee(job, saved=True)
 
 
-def _record_language(
-    job: RecordingJob, language: str, sums: RunningSums, folder: RecordingFolder | None, bar: Any, *, fast: bool
-) -> ActivationStats:
-    bar.set_description(language)
-    if folder is not None and (known := folder.language(language)) is not None:
-        _pass_over(bar, int(known.tokens.sum()))
-        return known
-    total: PartialSums | None = None
-    at = 0
-    saved = {} if folder is None else folder.shards(language)
-    # What is on disk without a gap needs no tokenizing; a shard after a gap is taken when its turn comes.
-    while folder is not None and at in saved:
-        part, last = folder.load_shard(saved[at])
-        total = part if total is None else total.add(part)
-        _pass_over(bar, part.tokens)
-        at = last + 1
-    for shard in job.shards(language, skip=at):
-        if folder is not None and shard.first in saved:
-            part = folder.load_shard(saved[shard.first], shard.last)[0]
-            _pass_over(bar, part.tokens)
-        else:
-            part = _record_shard(job, shard, sums, bar, fast=fast)
-            if folder is not None:
-                folder.save_shard(shard, part)
-        total = part if total is None else total.add(part)
-    if total is None or total.tokens == 0:
-        raise DataError(
-            f"'{language}' has no token that counts in corpus '{job.corpus.name}'; give it a text or leave it out."
+class _Pass:
+    """One run of `record`: the languages one after another, each shard by shard."""
+
+    def __init__(self, job: RecordingJob, folder: RecordingFolder | None, bar: Any, *, fast: bool) -> None:
+        self._job = job
+        self._folder = folder
+        self._bar = bar
+        self._fast = fast
+        self._sums = RunningSums(job.adapter, job.site, job.texts_kept)
+        # What collectors took, by their name and the language.
+        self._extras: dict[str, dict[str, dict[str, Tensor]]] = {one.name: {} for one in job.collectors}
+
+    def run(self) -> Recording:
+        pairs = [pair for one in self._job.collectors for pair in one.pairs()]
+        # Entered once for the whole corpus: entering costs milliseconds. The reference reads its own from a cache.
+        with self._job.adapter.hooks([*(self._sums.pairs() if self._fast else ()), *pairs]):
+            parts = [self._language(code) for code in self._job.corpus.languages]
+        return Recording(parts[0].merge(*parts[1:]), **{one.name: self._gather(one) for one in self._job.collectors})
+
+    def _gather(self, one: Collector) -> Any:
+        kept: dict[str, Any] = dict(self._extras[one.name])
+        if one.keeps_rows and self._folder is not None:
+            kept = {code: rows_of(self._folder.path, one.name, code) for code in self._job.corpus.languages}
+        elif one.keeps_rows:
+            kept = {code: (Rows(part["positions"], part["rows"]),) for code, part in kept.items()}
+        return one.gather(kept, self._job.provenance)
+
+    def _language(self, language: str) -> ActivationStats:
+        self._bar.set_description(language)
+        known = None if self._folder is None else self._folder.language(language)
+        adds_up = any(not one.keeps_rows for one in self._job.collectors)
+        if known is not None and not adds_up:
+            _pass_over(self._bar, int(known.tokens.sum()))
+            return known
+        total: PartialSums | None = None
+        for part in self._shards(language):
+            total = part if total is None else total.add(part)
+        return self._finished(language, total)
+
+    def _finished(self, language: str, total: PartialSums | None) -> ActivationStats:
+        if total is None or total.tokens == 0:
+            raise DataError(
+                f"'{language}' has no token that counts in corpus '{self._job.corpus.name}'; give it a text or leave "
+                "it out."
+            )
+        if total.truncated:
+            _LOGGER.warning(
+                "%d of %d texts of '%s' were cut to the longest input", total.truncated, total.texts, language
+            )
+        stats = ActivationStats.from_partials(
+            {language: total},
+            provenance=self._job.provenance,
+            corpora={language: self._job.corpus.fingerprint(language)},
         )
-    if total.truncated:
-        _LOGGER.warning("%d of %d texts of '%s' were cut to the longest input", total.truncated, total.texts, language)
-    stats = ActivationStats.from_partials(
-        {language: total}, provenance=job.provenance, corpora={language: job.corpus.fingerprint(language)}
-    )
-    if folder is not None:
-        folder.save_language(language, stats)
-    return stats
+        if self._folder is not None:
+            self._folder.save_language(language, stats)
+        return stats
 
+    def _shards(self, language: str) -> Iterator[PartialSums]:
+        """Yield the sums of every shard in order, from disk where they are there."""
+        folder, at = self._folder, 0
+        saved = {} if folder is None else folder.shards(language)
+        # What is on disk without a gap needs no tokenizing; a shard after a gap is taken when its turn comes.
+        while folder is not None and at in saved:
+            part, last = folder.load_shard(saved[at])
+            yield self._from_disk(folder, part, language, at, last)
+            at = last + 1
+        for shard in self._job.shards(language, skip=at):
+            if folder is not None and shard.first in saved:
+                part = folder.load_shard(saved[shard.first], shard.last)[0]
+                yield self._from_disk(folder, part, language, shard.first, shard.last)
+            else:
+                yield self._record(shard)
 
-def _record_shard(job: RecordingJob, shard: Shard, sums: RunningSums, bar: Any, *, fast: bool) -> PartialSums:
-    for batch in job.batches(shard.pieces):
-        sums.begin(batch)
-        if fast:
-            job.adapter.run_until_last_site(batch.tokens, batch.mask)
-        else:
-            run_reference(job.adapter, sums, batch)
-        bar.update(int(batch.mask.sum()))
-    return sums.take(shard)
+    def _from_disk(
+        self, folder: RecordingFolder, part: PartialSums, language: str, first: int, last: int
+    ) -> PartialSums:
+        for one in self._job.collectors:
+            if not one.keeps_rows:
+                self._keep(one, language, folder.load_extra(one.name, language, first, last))
+        _pass_over(self._bar, part.tokens)
+        return part
+
+    def _record(self, shard: Shard) -> PartialSums:
+        for batch in self._job.batches(shard.pieces):
+            for one in (self._sums, *self._job.collectors):
+                one.begin(batch)
+            if self._fast:
+                self._job.adapter.run_until_last_site(batch.tokens, batch.mask)
+            else:
+                run_reference(self._job.adapter, self._sums, batch)
+            self._bar.update(int(batch.mask.sum()))
+        for one in self._job.collectors:
+            taken = one.take(shard)
+            if self._folder is not None:
+                self._folder.save_extra(one.name, shard, taken)
+            if self._folder is None or not one.keeps_rows:
+                self._keep(one, shard.language, taken)
+        part = self._sums.take(shard)
+        if self._folder is not None:
+            self._folder.save_shard(shard, part)
+        return part
+
+    def _keep(self, one: Collector, language: str, taken: dict[str, Tensor]) -> None:
+        earlier = self._extras[one.name].get(language)
+        self._extras[one.name][language] = taken if earlier is None else one.add(earlier, taken)
 
 
 def run_reference(adapter: Adapter, sums: RunningSums, batch: Batch) -> None:

@@ -1,8 +1,10 @@
 """The folder of a recording: a manifest, immutable shards, one file a finished language, and the result.
 
 - `manifest.json`: what is recorded; written first.
-- `shards/{language}-{first}-{last}.safetensors`: the sums of texts first to last.
+- `shards/{language}-{first}-{last}.safetensors`: the sums of texts first to last; written last of a shard's files.
+- `responses/{language}-{first}-{last}.safetensors`, and so on: what a collector took from the same texts.
 - `languages/{language}.safetensors`: statistics of a language whose shards are all there.
+- `responses.json` or `histograms.safetensors`, and so on: the results of the collectors.
 - `stats.safetensors`: statistics of all languages; written last.
 """
 
@@ -13,10 +15,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from torch import Tensor
+
 from lens_neurons.activation_stats import FILE_NAME, ActivationStats
 from lens_neurons.batching import Shard
 from lens_neurons.collecting import PartialSums
 from lens_neurons.errors import ProvenanceError, StorageError
+from lens_neurons.recorded import ROW_PARTS, Recording, rows_file, save_rows_header
+from lens_neurons.responses import ROWS_KIND
 from lens_neurons.storage import (
     SCHEMA,
     Provenance,
@@ -54,7 +60,7 @@ class RecordingFolder:
         settings = provenance.extra["recording"]
         self.identity: str = sha256_of(json.dumps([identity, settings, self._languages], sort_keys=True))
 
-    def open(self) -> ActivationStats | None:
+    def open(self) -> Recording | None:
         """Return the result if the recording is finished; it has a checksum of its own, so no shard is read for it.
 
         Raises:
@@ -72,8 +78,7 @@ class RecordingFolder:
                 )
             return None
         self._require_same()
-        result = self.path / FILE_NAME
-        return ActivationStats.load(result) if result.exists() else None
+        return Recording.load(self.path) if (self.path / FILE_NAME).exists() else None
 
     def _require_same(self) -> None:
         manifest = self._manifest()
@@ -147,15 +152,36 @@ class RecordingFolder:
 
     def save_shard(self, shard: Shard, part: PartialSums) -> None:
         """Write the sums of a shard."""
-        header = {
+        file = self._shard_path(shard.language, shard.first, shard.last)
+        save_tensors(file, part.to_tensors(), self._header(_SHARD_KIND, shard))
+
+    def _header(self, kind: str, shard: Shard) -> dict[str, Any]:
+        return {
             "schema": SCHEMA,
-            "kind": _SHARD_KIND,
+            "kind": kind,
             "recording": self.identity,
             "language": shard.language,
             "first": shard.first,
             "last": shard.last,
         }
-        save_tensors(self._shard_path(shard.language, shard.first, shard.last), part.to_tensors(), header)
+
+    def save_extra(self, name: str, shard: Shard, part: Mapping[str, Tensor]) -> None:
+        """Write what a collector took from a shard; it comes before the shard's sums, which say that all is there."""
+        file = rows_file(self.path, name, shard.language, shard.first, shard.last)
+        save_tensors(file, part, self._header(ROWS_KIND, shard))
+
+    def load_extra(self, name: str, language: str, first: int, last: int) -> dict[str, Tensor]:
+        """Return what a collector took from a shard.
+
+        Raises:
+            StorageError: It is gone or damaged, or belongs to another recording.
+        """
+        file = rows_file(self.path, name, language, first, last)
+        tensors, header = load_tensors(file)
+        require_kind(file, header, ROWS_KIND)
+        if header["recording"] != self.identity or (header["first"], header["last"]) != (first, last):
+            raise StorageError(f"{file} belongs to another recording or was renamed; delete it and run again.")
+        return tensors
 
     def _shard_path(self, language: str, first: int, last: int) -> Path:
         return self.path / "shards" / f"{_file_name(language)}-{first}-{last}.safetensors"
@@ -176,11 +202,18 @@ class RecordingFolder:
     def _language_path(self, language: str) -> Path:
         return self.path / "languages" / f"{_file_name(language)}.safetensors"
 
-    def finish(self, stats: ActivationStats) -> None:
-        """Clear away what killed calls left half-written, and write the result."""
-        # In this order: a call that finds the result returns at once and clears nothing.
+    def finish(self, made: Recording) -> None:
+        """Clear away what killed calls left half-written, and write the result, the statistics last."""
+        # In this order: a call that finds the statistics returns at once and clears nothing.
         for file in self.path.rglob(".*.part"):
             file.unlink(missing_ok=True)
+        parts = made.parts
+        stats = parts.pop("stats")
+        for name, value in parts.items():
+            if name in ROW_PARTS:
+                save_rows_header(self.path, name, value)
+            else:
+                value.save(self.path / f"{name}.safetensors")
         stats.save(self.path / FILE_NAME)
 
 

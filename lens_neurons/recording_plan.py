@@ -10,7 +10,9 @@ import torch
 
 from lens_neurons.adapter import SITES, Adapter
 from lens_neurons.batching import Batch, Piece, Shard, TokenPolicy, encode, iter_shards, make_batches
+from lens_neurons.collect import Collect
 from lens_neurons.collecting import RunningSums
+from lens_neurons.collectors import Collector
 from lens_neurons.corpus import Corpus
 from lens_neurons.errors import DataError, ModelError, SettingError
 from lens_neurons.model import adapt
@@ -95,6 +97,12 @@ class RecordingJob:
     batch_tokens: int
     shard_tokens: int
     provenance: Provenance
+    collectors: tuple[Collector, ...] = ()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that is read."""
+        return tuple(dict.fromkeys([self.site, *(site for one in self.collectors for site in one.sites)]))
 
     def shards(self, language: str, skip: int) -> Iterator[Shard]:
         """Return the shards of a language from a text on."""
@@ -124,6 +132,7 @@ def prepare(
     shard_tokens: int,
     preset: str | None,
     seed: int,
+    collect: Collect | None = None,
     **policy: Any,
 ) -> RecordingJob:
     """Return what the arguments of `record` ask for, checked.
@@ -157,12 +166,30 @@ def prepare(
     texts = corpus if languages is None else corpus.select(languages)
     if not texts.languages:
         raise DataError("there is no language to record; give languages= or a corpus with at least one.")
+    extras = tuple(() if collect is None else collect.collectors(adapter))
+    _require_possible(adapter, rules, extras)
     # A packed row holds several texts, so there is no mean of a single one.
     kept = 0 if rules.pack else kept
     provenance = adapter.provenance(site=site, policy=rules.to_dict(), corpus=texts.fingerprint_all(), seed=seed)
-    plan = {"texts_kept": kept, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens}
+    plan: dict[str, Any] = {"texts_kept": kept, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens}
+    if collect is not None and (chosen_collect := collect.to_dict()):
+        plan["collect"] = chosen_collect
     extra = {**provenance.extra, "recording": plan, "corpus_name": texts.name}
-    return RecordingJob(adapter, texts, site, rules, kept, batch_tokens, shard_tokens, provenance.replace(extra=extra))
+    known = provenance.replace(extra=extra)
+    return RecordingJob(adapter, texts, site, rules, kept, batch_tokens, shard_tokens, known, extras)
+
+
+def _require_possible(adapter: Adapter, rules: TokenPolicy, collectors: Sequence[Collector]) -> None:
+    for one in collectors:
+        if one.keeps_rows and rules.pack:
+            raise SettingError(
+                f"{one.name} are one row a text, and packed rows hold several; use pack=False, or leave them out."
+            )
+        if adapter.processed and (changed := [site for site in one.sites if site in _NEEDS_RAW]):
+            raise ModelError(
+                f"site '{changed[0]}' has other values in a model with folded or centred weights; load it with "
+                "load_model, which leaves them raw."
+            )
 
 
 def _of_preset(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,6 +235,13 @@ def foresee(job: RecordingJob, *, saved: bool) -> RecordingPlan:
     disk = None
     if saved and len(known) == len(shards):
         disk = sum(known) * values * 32 + len(tokens) * 2 * values * 44 + sum(rows)
+    # Rows of texts: on disk all of them, in memory those of a shard, or of everything where nothing is saved.
+    row, table = (sum(one.unit_bytes() for one in job.collectors if one.keeps_rows is kept) for kept in (True, False))
+    counts = [n for n in texts.values() if n is not None]
+    most = max((_texts_a_shard(job, texts[code], tokens[code]) for code in tokens), default=1)
+    if disk is not None and len(counts) == len(texts):
+        disk += row * sum(counts) + table * (sum(known) + len(tokens))
+    held = row * (most if saved else sum(counts)) + table * (3 if saved else 2 + len(tokens))
     return RecordingPlan(
         model=model.name,
         site=job.site,
@@ -216,7 +250,7 @@ def foresee(job: RecordingJob, *, saved: bool) -> RecordingPlan:
         tokens=tokens,
         tokens_per_second=rate,
         seconds=None if total is None else total / rate,
-        memory_bytes=batch * per_token * size + values * (64 + 44 * len(tokens)) + 2 * max(rows),
+        memory_bytes=batch * per_token * size + values * (64 + 44 * len(tokens)) + 2 * max(rows) + 2 * held,
         disk_bytes=disk if saved else 0,
     )
 
@@ -243,17 +277,25 @@ def _time(job: RecordingJob, pieces: Sequence[Piece]) -> float:
         chosen.append(piece)
     if not chosen:
         return 1.0
-    sums = RunningSums(job.adapter, job.site, 0)
+    takers = (RunningSums(job.adapter, job.site, 0), *job.collectors)
     seconds, shard = 1.0, Shard("sample", 0, len(chosen) - 1, tuple(chosen))
-    with job.adapter.hooks(sums.pairs()):
+    with job.adapter.hooks([pair for one in takers for pair in one.pairs()]):
         for _ in range(2):
             started = time.perf_counter()
             for batch in job.batches(chosen):
-                sums.begin(batch)
+                for one in takers:
+                    one.begin(batch)
                 job.adapter.run_until_last_site(batch.tokens, batch.mask)
-            sums.take(shard)
+            for one in takers:
+                one.take(shard)
             seconds = time.perf_counter() - started
     return sum(len(piece.ids) for piece in chosen) / seconds
+
+
+def _texts_a_shard(job: RecordingJob, texts: int | None, tokens: int | None) -> int:
+    if not texts or not tokens:
+        return job.shard_tokens
+    return min(texts, -(-texts * job.shard_tokens // tokens))
 
 
 def _total(counts: dict[str, int | None]) -> int | None:

@@ -7,9 +7,9 @@ functions are not repeated here: a function that bears its module's name would b
 import importlib
 import pkgutil
 
-from lens_neurons.methods.registry import cite, identify, list_methods, method
+from lens_neurons.methods.registry import cite, collect_for, identify, list_methods, method
 
-__all__ = ["cite", "identify", "list_methods", "method"]
+__all__ = ["cite", "collect_for", "identify", "list_methods", "method"]
 
 for _found in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_found.name}")

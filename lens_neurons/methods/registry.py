@@ -2,17 +2,28 @@
 
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import pandas as pd
 
 from lens_neurons.activation_stats import ActivationStats
-from lens_neurons.errors import SettingError
+from lens_neurons.collect import Collect
+from lens_neurons.errors import DataError, SettingError
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.recorded import Recording
+from lens_neurons.responses import TextResponses
 
 P = ParamSpec("P")
+
+# What a method may need, the part of a recording that holds it, and what that is.
+_NEEDS: dict[str, tuple[str, type]] = {
+    "counts": ("stats", ActivationStats),
+    "sums": ("stats", ActivationStats),
+    "responses": ("responses", TextResponses),
+    "importances": ("importances", TextResponses),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,8 @@ class Method:
         function: Recorded data and settings to a neuron set.
         reference: Short reference.
         bibtex: BibTeX entry.
-        needs: What must have been recorded, such as "counts".
+        needs: What must have been recorded, such as "counts"; the first says what the function is given.
+        sites: Where it must have been recorded, for methods that need "responses"; see `Collect`.
     """
 
     name: str
@@ -32,13 +44,19 @@ class Method:
     reference: str
     bibtex: str
     needs: tuple[str, ...]
+    sites: tuple[str, ...] = ()
 
 
 _METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, reference: str, bibtex: str = "", needs: tuple[str, ...] = ("counts",)
+    name: str,
+    *,
+    reference: str,
+    bibtex: str = "",
+    needs: tuple[str, ...] = ("counts",),
+    sites: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, NeuronSet]], Callable[P, NeuronSet]]:
     """Return a decorator that registers an identification method.
 
@@ -46,30 +64,33 @@ def method(
         name: What `identify` calls it.
         reference: Short reference: authors, year, identifier.
         bibtex: BibTeX entry, for `cite`.
-        needs: What must have been recorded.
+        needs: What must have been recorded: "counts", "sums" (an `ActivationStats` is given to the function),
+            "responses" or "importances" (a `TextResponses`), "histograms" (`Histograms`), "features" (`FeatureStats`).
+        sites: Where, for methods that need "responses": names of sites, or "linear" for all linear outputs.
     """
+    if unknown := [need for need in needs if need not in _NEEDS]:
+        raise SettingError(f"method '{name}' needs {unknown[0]!r}, which is unknown; use {', '.join(_NEEDS)}.")
 
     def register(function: Callable[P, NeuronSet]) -> Callable[P, NeuronSet]:
-        _METHODS[name] = Method(name, function, reference, bibtex, needs)
+        _METHODS[name] = Method(name, function, reference, bibtex, needs, sites)
         return function
 
     return register
 
 
-def identify(data: ActivationStats, method: str = "lape", **settings: Any) -> NeuronSet:
+def identify(data: Recording | ActivationStats | TextResponses, method: str = "lape", **settings: Any) -> NeuronSet:
     """Return the language-specific units that a method finds in recorded data.
 
     Args:
-        data: What `record` returned.
+        data: What `record` returned: a whole recording, or the part of it that the method needs.
         method: One of `list_methods()`.
         **settings: The method's own settings.
 
     Raises:
         SettingError: An unknown method or setting, or a value that is no number where one is wanted.
+        DataError: What the method needs was not recorded.
     """
-    if method not in _METHODS:
-        raise SettingError(f"method={method!r} is unknown; use one of {', '.join(sorted(_METHODS))}.")
-    function = _METHODS[method].function
+    function = _of(method).function
     known = list(inspect.signature(function).parameters)[1:]
     for name in settings:
         if name not in known:
@@ -77,7 +98,46 @@ def identify(data: ActivationStats, method: str = "lape", **settings: Any) -> Ne
         wanted = inspect.signature(function).parameters[name].annotation
         if wanted in _NUMBERS:
             settings[name] = _number(method, name, settings[name], wanted)
-    return function(data, **settings)
+    return function(_needed(data, _METHODS[method]), **settings)
+
+
+def _of(name: str) -> Method:
+    if name not in _METHODS:
+        raise SettingError(f"method={name!r} is unknown; use one of {', '.join(sorted(_METHODS))}.")
+    return _METHODS[name]
+
+
+def _needed(data: Any, method: Method) -> Any:
+    part, kind = _NEEDS[method.needs[0]]
+    found = data.part(part, method.name) if isinstance(data, Recording) else data
+    if not isinstance(found, kind):
+        raise DataError(
+            f"method '{method.name}' needs {part}, a {kind.__name__}, and was given {type(data).__name__}; record "
+            f"with collect=collect_for(['{method.name}'])."
+        )
+    return found
+
+
+def collect_for(methods: Sequence[str], *, responses_dtype: Literal["float16", "float32"] = "float32") -> Collect:
+    """Return what a recording must collect so that all of some methods can be run on it.
+
+    Args:
+        methods: Names of methods.
+        responses_dtype: What text responses are stored in, where a method needs them.
+
+    Raises:
+        SettingError: An unknown method.
+    """
+    if isinstance(methods, str):
+        raise SettingError(f"methods={methods!r} is one string; give a list such as ['{methods}'].")
+    found = [_of(name) for name in methods]
+    needs = {need for one in found for need in one.needs}
+    sites = tuple(dict.fromkeys(site for one in found if "responses" in one.needs for site in one.sites))
+    return Collect(
+        responses=sites,
+        responses_dtype=responses_dtype,
+        importances="exact" if "importances" in needs else None,
+    )
 
 
 _NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}

@@ -1,0 +1,65 @@
+"""What to record beside counts and sums: the settings of a recording's collectors."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lens_neurons.adapter import Adapter
+from lens_neurons.collectors import Collector, ResponseCollector, response_sites
+from lens_neurons.errors import SettingError
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Collect:
+    """What one pass records beside the counts and sums of `ActivationStats`.
+
+    `collect_for` makes it from the names of methods.
+
+    Attributes:
+        responses: Sites at which the mean over each text is kept; "linear" stands for the outputs of all linear
+            layers of a block, "mlp" for those of its MLP.
+        responses_dtype: What responses are stored in; float16 halves the disk space and keeps three digits.
+        importances: Importance of units in each text: "exact", as PLND's paper defines it, or "released", as its code
+            computes it.
+        attention: Whether importances are taken of attention units too, which costs the most of it.
+    """
+
+    responses: tuple[str, ...] = ()
+    responses_dtype: Literal["float16", "float32"] = "float32"
+    importances: Literal["exact", "released"] | None = None
+    attention: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            SettingError: A value is not one of the allowed ones.
+        """
+        if self.responses_dtype not in _DTYPES:
+            raise SettingError(f"responses_dtype={self.responses_dtype!r} is unknown; use 'float16' or 'float32'.")
+
+    def collectors(self, adapter: Adapter) -> list[Collector]:
+        """Return new collectors for a model.
+
+        Raises:
+            ModelError: The model lacks what is to be read.
+            SettingError: There is no such site.
+        """
+        made: list[Collector] = []
+        if self.responses:
+            sites = response_sites(adapter, self.responses)
+            made.append(ResponseCollector(adapter, sites, _DTYPES[self.responses_dtype]))
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values, those alone that differ from the default."""
+        shown: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if value != entry.default:
+                shown[entry.name] = list(value) if isinstance(value, tuple) else value
+        return shown
