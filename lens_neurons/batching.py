@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from lens_neurons.errors import DataError, SettingError
+from lens_neurons.pairs import Pair, PairEncoding, Text
 
 Boundary = Literal["offsets", "separate"]
 Side = Literal["left", "right"]
@@ -109,12 +110,14 @@ class Piece:
         piece_index: 0 for the first piece of a text; text statistics use only that.
         ids: Token ids, BOS included.
         special: Positions in `ids` that hold special tokens.
+        prompt: So many tokens at the beginning, BOS included, belong to a prompt and never count; 0 for a plain text.
     """
 
     text_index: int
     piece_index: int
     ids: tuple[int, ...]
     special: tuple[int, ...] = ()
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,19 +162,6 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on another device."""
         return Batch(*(getattr(self, entry.name).to(device) for entry in dataclasses.fields(self)))
-
-
-@dataclass(frozen=True)
-class PairEncoding:
-    """A prompt and its continuation as one row of tokens.
-
-    Attributes:
-        ids: Token ids of both, BOS included.
-        answer_start: Position of the continuation's first token.
-    """
-
-    ids: tuple[int, ...]
-    answer_start: int
 
 
 def plain_ids(info: TokenizerInfo, text: str) -> list[int]:
@@ -224,17 +214,25 @@ def encode_pair(
         ids = plain_ids(info, prompt + answer)
         first = len(plain_ids(info, prompt))
     else:
-        if not getattr(info.tokenizer, "is_fast", False):
-            raise DataError("exact answer boundaries need a fast tokenizer; use boundary='separate' or a fast one.")
-        encoded = info.tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        ends = [end for _, end in encoded["offset_mapping"]]
-        first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+        ids, first = _joint_ids(info, prompt, answer)
     if first >= len(ids):
         raise DataError(f"the continuation {answer!r} has no token of its own after {prompt!r}; drop this item.")
     if len(start) + first == 0:
         raise DataError(f"nothing stands before {answer!r}, so its first token has no probability; add a prompt.")
     return PairEncoding((*start, *ids), len(start) + first)
+
+
+def _joint_ids(info: TokenizerInfo, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Return the ids of both as one text, and the position of the first token that ends after the prompt."""
+    if not getattr(info.tokenizer, "is_fast", False):
+        raise DataError(
+            "exact boundaries between prompt and answer need a fast tokenizer; load the model with one, or score with "
+            "boundary='separate'."
+        )
+    encoded = info.tokenizer(prompt + answer, add_special_tokens=False, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
+    ends = [end for _, end in encoded["offset_mapping"]]
+    return ids, next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
 
 
 def _check_chat(chat: str) -> None:
@@ -262,28 +260,29 @@ def _limit(info: TokenizerInfo, policy: TokenPolicy) -> int:
 
 
 def encode(
-    info: TokenizerInfo, texts: Iterable[str], policy: TokenPolicy, first_index: int = 0
+    info: TokenizerInfo, texts: Iterable[Text], policy: TokenPolicy, first_index: int = 0
 ) -> Iterator[list[Piece]]:
     """Yield the pieces of each text: one, or several under overflow="split", or none for a text without tokens.
 
-    Every text stands alone here; `pack` is for `iter_shards`.
+    Every text stands alone here; `pack` is for `iter_shards`. A pair of which no completion token is left has no piece.
 
     Raises:
         DataError: A text is longer than allowed under overflow="error".
+        SettingError: Pairs of prompt and completion are to be split.
     """
     alone = dataclasses.replace(policy, pack=False)
     return (pieces for pieces, _ in _encoded(info, texts, alone, first_index))
 
 
 def _encoded(
-    info: TokenizerInfo, texts: Iterable[str], policy: TokenPolicy, first_index: int
+    info: TokenizerInfo, texts: Iterable[Text], policy: TokenPolicy, first_index: int
 ) -> Iterator[tuple[list[Piece], bool]]:
     """Yield the pieces of each text and whether its end was cut off; under `pack` a text is one piece of any length."""
     limit = _limit(info, policy)
     start = info.bos(policy.bos) if policy.chat == "none" else ()
     room = limit - len(start)
     for index, text in enumerate(texts, first_index):
-        ids = _chat_ids(info, text) if policy.chat == "template" else plain_ids(info, text)
+        ids, prompt = _text_ids(info, text, policy, len(start))
         special_ids = set(info.tokenizer.all_special_ids) if policy.chat == "template" else set[int]()
         # Packed texts are cut where a context ends, not each by itself: the overflow rule does not apply to them, and
         # BOS stands at a text's beginning only.
@@ -302,15 +301,30 @@ def _encoded(
                 number,
                 (*start, *chunk),
                 (*range(len(start)), *(len(start) + i for i, token in enumerate(chunk) if token in special_ids)),
+                prompt,
             )
             for number, chunk in enumerate(chunks)
         ]
-        yield pieces, was_cut
+        yield [piece for piece in pieces if len(piece.ids) > prompt], was_cut
+
+
+def _text_ids(info: TokenizerInfo, text: Text, policy: TokenPolicy, n_start: int) -> tuple[list[int], int]:
+    """Return a text's ids without BOS, and how many tokens, the `n_start` of BOS included, are those of a prompt."""
+    if not isinstance(text, Pair):
+        return _chat_ids(info, text) if policy.chat == "template" else plain_ids(info, text), 0
+    if policy.pack or policy.overflow == "split":
+        raise SettingError(
+            "pairs can be neither packed nor split, because a completion would lose its prompt; use pack=False and "
+            "overflow='truncate' or 'error'."
+        )
+    prompt = _in_chat_template(info, text.prompt) if policy.chat == "template" else text.prompt
+    ids, first = _joint_ids(info, prompt, text.completion)
+    return ids, n_start + first
 
 
 def iter_shards(
     info: TokenizerInfo,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     policy: TokenPolicy,
     *,
     language: str,
@@ -330,6 +344,10 @@ def iter_shards(
         language: Language label.
         shard_tokens: Size of a shard in tokens.
         skip: Number of texts at the beginning to pass over (they are in finished shards).
+
+    Raises:
+        DataError: A text is longer than allowed under overflow="error".
+        SettingError: Pairs of prompt and completion are to be packed or split.
     """
     limit = _limit(info, policy)
     held: list[list[Piece]] = []
@@ -409,11 +427,11 @@ def make_batches(
         members = [pieces[i] for i in group]
         tokens, mask = pad([piece.ids for piece in members], pad_id, side)
         counted = mask.clone()
-        if not count_special:
-            for row, piece in enumerate(members):
-                offset = 0 if side == "right" else tokens.shape[1] - len(piece.ids)
-                for position in piece.special:
-                    counted[row, offset + position] = False
+        for row, piece in enumerate(members):
+            offset = 0 if side == "right" else tokens.shape[1] - len(piece.ids)
+            counted[row, offset : offset + piece.prompt] = False
+            for position in () if count_special else piece.special:
+                counted[row, offset + position] = False
         batches.append(
             Batch(
                 tokens,

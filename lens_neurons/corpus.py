@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.languages import DEMO_LANGUAGES, canonical, get_language
+from lens_neurons.pairs import Text, to_pairs
 from lens_neurons.storage import sha256_of
 
 PACKAGED = Path(str(files("lens_neurons"))) / "demo"
@@ -33,7 +34,7 @@ _LOGGER = logging.getLogger("lens_neurons")
 class _Source:
     """The texts of one language: a way to read them from the start, and what identifies them."""
 
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[Text]]
     identity: str
     count: int | None = None
 
@@ -68,8 +69,8 @@ class Corpus:
             raise DataError(f"corpus '{self.name}' has no '{language}'; it has {', '.join(self.languages)}.")
         return self.sources[code]
 
-    def texts(self, language: str) -> Iterator[str]:
-        """Return an iterator over one language's texts, from the first on.
+    def texts(self, language: str) -> Iterator[Text]:
+        """Return an iterator over one language's texts, from the first on: strings, or `(prompt, completion)` tuples.
 
         Raises:
             DataError: The corpus does not have the language.
@@ -153,6 +154,28 @@ class Corpus:
             kept = tuple(entries)
             if not kept:
                 raise DataError(f"language '{label}' has no text; give it at least one or leave it out.")
+            _add(sources, label, _Source(_reader(kept), sha256_of(json.dumps(kept)), len(kept)))
+        return cls(name, sources)
+
+    @classmethod
+    def from_pairs(cls, pairs: Mapping[str, Sequence[Sequence[str]]], name: str = "pairs") -> "Corpus":
+        """Return a corpus of prompts with completions, of which only the completions' tokens count.
+
+        Prompt and completion are tokenised as one text, without a separator between them. A token belongs to the
+        completion if it ends after the prompt does, so one that spans the boundary counts. `record` takes such a
+        corpus as any other; it cannot be packed or split.
+
+        Args:
+            pairs: Language to (prompt, completion) tuples; see `lens_neurons.complete` for a model's own answers.
+            name: Its name in results.
+
+        Raises:
+            DataError: A language has no pair, one that is not two strings, or comes twice.
+        """
+        sources: dict[str, _Source] = {}
+        for label, entries in pairs.items():
+            kept = to_pairs(label, entries)
+            # A list of lists, so it never hashes as plain texts do, and the boundary is part of it.
             _add(sources, label, _Source(_reader(kept), sha256_of(json.dumps(kept)), len(kept)))
         return cls(name, sources)
 
@@ -282,7 +305,7 @@ def _add(sources: dict[str, _Source], label: str, source: _Source) -> None:
     sources[code] = source
 
 
-def _reader(texts: tuple[str, ...]) -> Callable[[], Iterator[str]]:
+def _reader(texts: tuple[Text, ...]) -> Callable[[], Iterator[Text]]:
     return lambda: iter(texts)
 
 

@@ -383,12 +383,12 @@ def perplexity_matrix(
 
 
 def _encoded(adapter: Adapter, corpus: Corpus, language: str, policy: TokenPolicy) -> dict[int, PairEncoding]:
-    """Return the texts with something to score, by number; all but the first token of each is scored."""
+    """Return the texts with something to score, by number: all but the first token, of a pair its completion."""
     found: dict[int, PairEncoding] = {}
     for pieces in encode(adapter.tokens, corpus.texts(language), policy):
         for piece in pieces:
             if len(piece.ids) > 1:
-                found[piece.text_index] = PairEncoding(piece.ids, 1)
+                found[piece.text_index] = PairEncoding(piece.ids, max(piece.prompt, 1))
     if not found:
         raise DataError(f"'{language}' has no text of two tokens in corpus '{corpus.name}'; give it longer texts.")
     return found
