@@ -7,13 +7,18 @@ from typing import Any, Literal
 import torch
 
 from lens_neurons.adapter import Adapter
+from lens_neurons.bins import Bins
 from lens_neurons.collectors import Collector, ResponseCollector, response_sites
 from lens_neurons.errors import SettingError
+from lens_neurons.features import FeatureCollector
+from lens_neurons.histograms import HistogramCollector
+from lens_neurons.importances import ImportanceCollector
+from lens_neurons.sae import place_saes
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Collect:
     """What one pass records beside the counts and sums of `ActivationStats`.
 
@@ -26,12 +31,16 @@ class Collect:
         importances: Importance of units in each text: "exact", as PLND's paper defines it, or "released", as its code
             computes it.
         attention: Whether importances are taken of attention units too, which costs the most of it.
+        histograms: Bins in which to count every neuron's values, at the site of the recording.
+        saes: Sparse autoencoders whose latents are counted: what `place_saes` takes, such as `load_sae("demo")`.
     """
 
     responses: tuple[str, ...] = ()
     responses_dtype: Literal["float16", "float32"] = "float32"
     importances: Literal["exact", "released"] | None = None
     attention: bool = True
+    histograms: Bins | None = None
+    saes: Any = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -42,8 +51,8 @@ class Collect:
         if self.responses_dtype not in _DTYPES:
             raise SettingError(f"responses_dtype={self.responses_dtype!r} is unknown; use 'float16' or 'float32'.")
 
-    def collectors(self, adapter: Adapter) -> list[Collector]:
-        """Return new collectors for a model.
+    def collectors(self, adapter: Adapter, site: str) -> list[Collector]:
+        """Return new collectors for a model whose counts and sums are taken at a site.
 
         Raises:
             ModelError: The model lacks what is to be read.
@@ -53,6 +62,12 @@ class Collect:
         if self.responses:
             sites = response_sites(adapter, self.responses)
             made.append(ResponseCollector(adapter, sites, _DTYPES[self.responses_dtype]))
+        if self.importances is not None:
+            made.append(ImportanceCollector(adapter, self.importances, self.attention))
+        if self.histograms is not None:
+            made.append(HistogramCollector(adapter, self.histograms, site))
+        if self.saes is not None:
+            made.append(FeatureCollector(adapter, self.saes))
         return made
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +75,9 @@ class Collect:
         shown: dict[str, Any] = {}
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if value != entry.default:
-                shown[entry.name] = list(value) if isinstance(value, tuple) else value
+            if entry.name == "saes" and value is not None:
+                shown[entry.name] = [sae.to_dict() for sae in place_saes(value)]
+            elif value != entry.default:
+                plain = value.to_dict() if isinstance(value, Bins) else value
+                shown[entry.name] = list(plain) if isinstance(plain, tuple) else plain
         return shown

@@ -9,12 +9,14 @@ from urllib.parse import quote
 
 from lens_neurons.activation_stats import FILE_NAME, ActivationStats
 from lens_neurons.errors import DataError, StorageError
+from lens_neurons.features import FeatureStats
+from lens_neurons.histograms import Histograms
 from lens_neurons.responses import ROWS_KIND, Rows, TextResponses, mapped_rows
 from lens_neurons.storage import SCHEMA, Provenance, load_json, load_tensors, save_json, save_tensors
 
 # Parts whose rows of texts stay in files of their own, and those that are one file.
 ROW_PARTS = ("responses", "importances")
-_TABLES: dict[str, Any] = {}
+_TABLES: dict[str, Any] = {"histograms": Histograms, "features": FeatureStats}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +27,15 @@ class Recording:
         stats: Counts and sums of every neuron.
         responses: Means of units over each text.
         importances: Importance of units in each text (PLND).
+        histograms: Distribution of every neuron's values.
+        features: Counts of the latents of sparse autoencoders.
     """
 
     stats: ActivationStats | None = None
     responses: TextResponses | None = None
     importances: TextResponses | None = None
+    histograms: Histograms | None = None
+    features: FeatureStats | None = None
 
     def __post_init__(self) -> None:
         """Check that there is anything.

@@ -5,6 +5,9 @@ corpus, the tokenizer and `shard_tokens` only. With a path every finished shard 
 goes on where it stopped, and what comes out is bit-equal to that of a recording that was never interrupted.
 """
 
+import dataclasses
+import functools
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,7 @@ from lens_neurons.recorded import Recording, rows_of
 from lens_neurons.recording_files import RecordingFolder
 from lens_neurons.recording_plan import PRESETS, RecordingJob, RecordingPlan, foresee, prepare
 from lens_neurons.responses import Rows
+from lens_neurons.stopping import StopRule
 
 __all__ = ["PRESETS", "RecordingPlan", "plan", "record", "run_reference"]
 
@@ -53,6 +57,7 @@ def record(
     preset: str | None = None,
     seed: int = 0,
     collect: None = None,
+    stop_when: StopRule | None = None,
 ) -> ActivationStats: ...
 
 
@@ -78,6 +83,7 @@ def record(
     preset: str | None = None,
     seed: int = 0,
     collect: Collect,
+    stop_when: StopRule | None = None,
 ) -> Recording: ...
 
 
@@ -102,6 +108,7 @@ def record(
     preset: str | None = None,
     seed: int = 0,
     collect: Collect | None = None,
+    stop_when: StopRule | None = None,
 ) -> ActivationStats | Recording:
     """Return the statistics of every neuron on every language of a corpus, or all that `collect` asks for.
 
@@ -127,6 +134,8 @@ def record(
         seed: Kept with the result; nothing here is random.
         collect: What else to take from the same pass, such as `collect_for(["average_precision"])`; the result is
             then a `Recording`, which has the statistics as `stats`.
+        stop_when: A rule that ends the recording before the texts end, such as `until_stable(0.9)`. Languages are then
+            recorded in rounds of shards, so `shard_tokens` says how often it is asked.
 
     Raises:
         SettingError: An argument has a value that is not allowed.
@@ -146,6 +155,7 @@ def record(
         preset=preset,
         seed=seed,
         collect=collect,
+        stop_when=stop_when,
         bos=bos,
         count_special=count_special,
         max_tokens=max_tokens,
@@ -163,7 +173,7 @@ def record(
             folder.start(vars(foreseen))
         _LOGGER.info("%s %s", "recording" if planned is None else "going on with the recording", foreseen)
         with tqdm(total=foreseen.total_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
-            made = _Pass(job, folder, bar, fast=fast).run()
+            made = _Pass(job, folder, bar, fast=fast).run(stop_when)
             bar.total = bar.n
         if folder is not None:
             folder.finish(made)
@@ -229,15 +239,22 @@ class _Pass:
         self._bar = bar
         self._fast = fast
         self._sums = RunningSums(job.adapter, job.site, job.texts_kept)
+        self._stopped = ""
         # What collectors took, by their name and the language.
         self._extras: dict[str, dict[str, dict[str, Tensor]]] = {one.name: {} for one in job.collectors}
 
-    def run(self) -> Recording:
+    def run(self, stop_when: StopRule | None) -> Recording:
         pairs = [pair for one in self._job.collectors for pair in one.pairs()]
         # Entered once for the whole corpus: entering costs milliseconds. The reference reads its own from a cache.
         with self._job.adapter.hooks([*(self._sums.pairs() if self._fast else ()), *pairs]):
-            parts = [self._language(code) for code in self._job.corpus.languages]
-        return Recording(parts[0].merge(*parts[1:]), **{one.name: self._gather(one) for one in self._job.collectors})
+            if stop_when is None:
+                parts = [self._language(code) for code in self._job.corpus.languages]
+            else:
+                parts = self._rounds(stop_when)
+        stats = parts[0].merge(*parts[1:])
+        if self._stopped:
+            stats = dataclasses.replace(stats, notes={**stats.notes, "stopped": self._stopped})
+        return Recording(stats, **{one.name: self._gather(one) for one in self._job.collectors})
 
     def _gather(self, one: Collector) -> Any:
         kept: dict[str, Any] = dict(self._extras[one.name])
@@ -258,6 +275,28 @@ class _Pass:
         for part in self._shards(language):
             total = part if total is None else total.add(part)
         return self._finished(language, total)
+
+    def _rounds(self, rule: StopRule) -> list[ActivationStats]:
+        """Record the languages in turn, some shards of each, until the rule or the texts say stop."""
+        streams = {code: self._shards(code) for code in self._job.corpus.languages}
+        seen: dict[str, list[PartialSums]] = {code: [] for code in streams}
+        going = set(streams)
+        while going:
+            for code in streams:
+                self._bar.set_description(code)
+                new = list(itertools.islice(streams[code], rule.check_every))
+                seen[code] += new
+                if len(new) < rule.check_every:
+                    going.discard(code)
+            if empty := [code for code, parts in seen.items() if not parts]:
+                self._finished(empty[0], None)
+            check = rule.check(seen)
+            _LOGGER.info("%s", check.reason)
+            if check.stop:
+                self._stopped = check.reason
+                break
+        totals = {code: functools.reduce(PartialSums.add, parts) for code, parts in seen.items()}
+        return [self._finished(code, total) for code, total in totals.items()]
 
     def _finished(self, language: str, total: PartialSums | None) -> ActivationStats:
         if total is None or total.tokens == 0:

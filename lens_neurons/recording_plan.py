@@ -16,6 +16,7 @@ from lens_neurons.collectors import Collector
 from lens_neurons.corpus import Corpus
 from lens_neurons.errors import DataError, ModelError, SettingError
 from lens_neurons.model import adapt
+from lens_neurons.stopping import StopRule
 from lens_neurons.storage import Provenance
 
 # How published studies recorded.
@@ -133,6 +134,7 @@ def prepare(
     preset: str | None,
     seed: int,
     collect: Collect | None = None,
+    stop_when: StopRule | None = None,
     **policy: Any,
 ) -> RecordingJob:
     """Return what the arguments of `record` ask for, checked.
@@ -166,7 +168,7 @@ def prepare(
     texts = corpus if languages is None else corpus.select(languages)
     if not texts.languages:
         raise DataError("there is no language to record; give languages= or a corpus with at least one.")
-    extras = tuple(() if collect is None else collect.collectors(adapter))
+    extras = tuple(() if collect is None else collect.collectors(adapter, site))
     _require_possible(adapter, rules, extras)
     # A packed row holds several texts, so there is no mean of a single one.
     kept = 0 if rules.pack else kept
@@ -174,6 +176,8 @@ def prepare(
     plan: dict[str, Any] = {"texts_kept": kept, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens}
     if collect is not None and (chosen_collect := collect.to_dict()):
         plan["collect"] = chosen_collect
+    if stop_when is not None:
+        plan["stop_when"] = stop_when.to_dict()
     extra = {**provenance.extra, "recording": plan, "corpus_name": texts.name}
     known = provenance.replace(extra=extra)
     return RecordingJob(adapter, texts, site, rules, kept, batch_tokens, shard_tokens, known, extras)

@@ -9,13 +9,18 @@ from typing import Any, Literal, ParamSpec
 import pandas as pd
 
 from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.bins import Bins
 from lens_neurons.collect import Collect
 from lens_neurons.errors import DataError, SettingError
+from lens_neurons.features import FeatureStats
+from lens_neurons.histograms import Histograms
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.recorded import Recording
 from lens_neurons.responses import TextResponses
 
 P = ParamSpec("P")
+
+RecordedData = Recording | ActivationStats | TextResponses | Histograms | FeatureStats
 
 # What a method may need, the part of a recording that holds it, and what that is.
 _NEEDS: dict[str, tuple[str, type]] = {
@@ -23,6 +28,8 @@ _NEEDS: dict[str, tuple[str, type]] = {
     "sums": ("stats", ActivationStats),
     "responses": ("responses", TextResponses),
     "importances": ("importances", TextResponses),
+    "histograms": ("histograms", Histograms),
+    "features": ("features", FeatureStats),
 }
 
 
@@ -78,7 +85,7 @@ def method(
     return register
 
 
-def identify(data: Recording | ActivationStats | TextResponses, method: str = "lape", **settings: Any) -> NeuronSet:
+def identify(data: RecordedData, method: str = "lape", **settings: Any) -> NeuronSet:
     """Return the language-specific units that a method finds in recorded data.
 
     Args:
@@ -118,25 +125,33 @@ def _needed(data: Any, method: Method) -> Any:
     return found
 
 
-def collect_for(methods: Sequence[str], *, responses_dtype: Literal["float16", "float32"] = "float32") -> Collect:
+def collect_for(
+    methods: Sequence[str], *, responses_dtype: Literal["float16", "float32"] = "float32", saes: Any = None
+) -> Collect:
     """Return what a recording must collect so that all of some methods can be run on it.
 
     Args:
         methods: Names of methods.
         responses_dtype: What text responses are stored in, where a method needs them.
+        saes: Sparse autoencoders, for methods that need "features"; see `place_saes`.
 
     Raises:
-        SettingError: An unknown method.
+        SettingError: An unknown method, or one that needs `saes` without any.
     """
     if isinstance(methods, str):
         raise SettingError(f"methods={methods!r} is one string; give a list such as ['{methods}'].")
     found = [_of(name) for name in methods]
     needs = {need for one in found for need in one.needs}
+    if "features" in needs and saes is None:
+        named = next(one.name for one in found if "features" in one.needs)
+        raise SettingError(f"method '{named}' needs sparse autoencoders; give saes=, such as load_sae('demo').")
     sites = tuple(dict.fromkeys(site for one in found if "responses" in one.needs for site in one.sites))
     return Collect(
         responses=sites,
         responses_dtype=responses_dtype,
         importances="exact" if "importances" in needs else None,
+        histograms=Bins() if "histograms" in needs else None,
+        saes=saes if "features" in needs else None,
     )
 
 
