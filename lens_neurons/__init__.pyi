@@ -5,6 +5,7 @@ from .activation_stats import ActivationStats
 from .adapter import Adapter
 from .batching import TokenPolicy
 from .collect import Collect
+from .completing import complete
 from .corpus import Corpus
 from .errors import LensNeuronsError
 from .evaluation.contexts import TopTexts, top_texts
@@ -73,6 +74,7 @@ __all__ = [
     "adapt",
     "cite",
     "collect_for",
+    "complete",
     "errors",
     "factor",
     "figures",
