@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from lens_neurons.adapter import Adapter
-from lens_neurons.bins import Bins
+from lens_neurons.bins import Binning
 from lens_neurons.collectors import Collector, ResponseCollector, response_sites
 from lens_neurons.errors import SettingError
 from lens_neurons.features import FeatureCollector
@@ -15,6 +15,7 @@ from lens_neurons.histograms import HistogramCollector
 from lens_neurons.importances import ImportanceCollector
 from lens_neurons.sae import place_saes
 
+_VARIANTS: dict[str, Literal["exact", "released"]] = {"exact": "exact", "released": "released"}
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -31,15 +32,16 @@ class Collect:
         importances: Importance of units in each text: "exact", as PLND's paper defines it, or "released", as its code
             computes it.
         attention: Whether importances are taken of attention units too, which costs the most of it.
-        histograms: Bins in which to count every neuron's values, at the site of the recording.
+        histograms: Bins in which to count every neuron's values, at the site of the recording: `Bins`, or
+            `NeuronBins.around` an earlier recording.
         saes: Sparse autoencoders whose latents are counted: what `place_saes` takes, such as `load_sae("demo")`.
     """
 
     responses: tuple[str, ...] = ()
-    responses_dtype: Literal["float16", "float32"] = "float32"
-    importances: Literal["exact", "released"] | None = None
+    responses_dtype: str = "float32"
+    importances: str | None = None
     attention: bool = True
-    histograms: Bins | None = None
+    histograms: Binning | None = None
     saes: Any = None
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class Collect:
         """
         if self.responses_dtype not in _DTYPES:
             raise SettingError(f"responses_dtype={self.responses_dtype!r} is unknown; use 'float16' or 'float32'.")
+        if self.importances not in (None, *_VARIANTS):
+            raise SettingError(f"importances={self.importances!r} is unknown; use 'exact' or 'released'.")
 
     def collectors(self, adapter: Adapter, site: str) -> list[Collector]:
         """Return new collectors for a model whose counts and sums are taken at a site.
@@ -63,7 +67,7 @@ class Collect:
             sites = response_sites(adapter, self.responses)
             made.append(ResponseCollector(adapter, sites, _DTYPES[self.responses_dtype]))
         if self.importances is not None:
-            made.append(ImportanceCollector(adapter, self.importances, self.attention))
+            made.append(ImportanceCollector(adapter, _VARIANTS[self.importances], self.attention))
         if self.histograms is not None:
             made.append(HistogramCollector(adapter, self.histograms, site))
         if self.saes is not None:
@@ -78,6 +82,6 @@ class Collect:
             if entry.name == "saes" and value is not None:
                 shown[entry.name] = [sae.to_dict() for sae in place_saes(value)]
             elif value != entry.default:
-                plain = value.to_dict() if isinstance(value, Bins) else value
+                plain = value.to_dict() if isinstance(value, Binning) else value
                 shown[entry.name] = list(plain) if isinstance(plain, tuple) else plain
         return shown

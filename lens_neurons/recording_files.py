@@ -86,8 +86,9 @@ class RecordingFolder:
         what = f"the recording in {self.path} (of {theirs.model}) and this call (with {mine.model})"
         theirs.require_same(mine, _SAME, what=what)
         pairs = [("languages", manifest["languages"], self._languages)]
-        for name, value in mine.extra["recording"].items():
-            pairs.append((name, theirs.extra["recording"].get(name), value))
+        old_settings, new_settings = theirs.extra["recording"], mine.extra["recording"]
+        for name in dict.fromkeys([*old_settings, *new_settings]):
+            pairs.append((name, old_settings.get(name), new_settings.get(name)))
         for name, old, new in pairs:
             if old != new:
                 raise ProvenanceError(

@@ -1,6 +1,7 @@
 """What a recording is about to do: its settings, checked, and what they will take in tokens, time and space."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,28 @@ class RecordingJob:
     batch_tokens: int
     shard_tokens: int
     provenance: Provenance
-    collectors: tuple[Collector, ...] = ()
+    collect: Collect | None = None
+
+    @functools.cached_property
+    def collectors(self) -> tuple[Collector, ...]:
+        """What is taken beside counts and sums.
+
+        Raises:
+            ModelError: The model lacks what is to be read, or has it changed.
+            SettingError: What is to be taken does not exist, or not for packed texts.
+        """
+        made = () if self.collect is None else self.collect.collectors(self.adapter, self.site)
+        for one in made:
+            if one.keeps_rows and self.policy.pack:
+                raise SettingError(
+                    f"{one.name} are one row a text, and packed rows hold several; use pack=False, or leave them out."
+                )
+            if self.adapter.processed and (changed := [site for site in one.sites if site in _NEEDS_RAW]):
+                raise ModelError(
+                    f"site '{changed[0]}' has other values in a model with folded or centred weights; load it with "
+                    "load_model, which leaves them raw."
+                )
+        return tuple(made)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -168,8 +190,6 @@ def prepare(
     texts = corpus if languages is None else corpus.select(languages)
     if not texts.languages:
         raise DataError("there is no language to record; give languages= or a corpus with at least one.")
-    extras = tuple(() if collect is None else collect.collectors(adapter, site))
-    _require_possible(adapter, rules, extras)
     # A packed row holds several texts, so there is no mean of a single one.
     kept = 0 if rules.pack else kept
     provenance = adapter.provenance(site=site, policy=rules.to_dict(), corpus=texts.fingerprint_all(), seed=seed)
@@ -180,20 +200,7 @@ def prepare(
         plan["stop_when"] = stop_when.to_dict()
     extra = {**provenance.extra, "recording": plan, "corpus_name": texts.name}
     known = provenance.replace(extra=extra)
-    return RecordingJob(adapter, texts, site, rules, kept, batch_tokens, shard_tokens, known, extras)
-
-
-def _require_possible(adapter: Adapter, rules: TokenPolicy, collectors: Sequence[Collector]) -> None:
-    for one in collectors:
-        if one.keeps_rows and rules.pack:
-            raise SettingError(
-                f"{one.name} are one row a text, and packed rows hold several; use pack=False, or leave them out."
-            )
-        if adapter.processed and (changed := [site for site in one.sites if site in _NEEDS_RAW]):
-            raise ModelError(
-                f"site '{changed[0]}' has other values in a model with folded or centred weights; load it with "
-                "load_model, which leaves them raw."
-            )
+    return RecordingJob(adapter, texts, site, rules, kept, batch_tokens, shard_tokens, known, collect)
 
 
 def _of_preset(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class TextResponses:
     def blocks(self, units_per_block: int) -> Iterator[tuple[int, Float32[Tensor, "text unit"]]]:
         """Yield the rows of all languages, some units at a time: first flat unit, and the table."""
         if units_per_block < 1:
-            raise SettingError(f"units_per_block={units_per_block} must be at least 1.")
+            raise SettingError(f"units_per_block={units_per_block} must be at least 1 unit.")
         for first in range(0, self.n_units, units_per_block):
             last = min(first + units_per_block, self.n_units)
             yield first, torch.cat([self.rows(code, first, last).float() for code in self.languages])
@@ -209,7 +209,7 @@ class TextResponses:
             DataError: The site was not recorded, or there are several and none is named.
         """
         if not 0 <= q <= 1:
-            raise SettingError(f"q={q} must be between 0 and 1.")
+            raise SettingError(f"q={q} must be between 0 and 1; 0.5 is the median.")
         if site is None and len(self.sites) > 1:
             raise DataError(f"there are responses at {', '.join(self.sites)}; name one of them with site=.")
         name = site or next(iter(self.sites))

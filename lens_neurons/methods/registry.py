@@ -4,7 +4,7 @@ import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec
+from typing import Any, ParamSpec
 
 import pandas as pd
 
@@ -125,9 +125,7 @@ def _needed(data: Any, method: Method) -> Any:
     return found
 
 
-def collect_for(
-    methods: Sequence[str], *, responses_dtype: Literal["float16", "float32"] = "float32", saes: Any = None
-) -> Collect:
+def collect_for(methods: Sequence[str], *, responses_dtype: str = "float32", saes: Any = None) -> Collect:
     """Return what a recording must collect so that all of some methods can be run on it.
 
     Args:
