@@ -5,9 +5,11 @@ from .activation_stats import ActivationStats
 from .adapter import Adapter
 from .batching import TokenPolicy
 from .collect import Collect
+from .compare import MethodComparison, compare_methods
 from .completing import complete
 from .corpus import Corpus
 from .errors import LensNeuronsError
+from .evaluation.causal import CausalRanking, causal_ranking
 from .evaluation.contexts import TopTexts, top_texts
 from .evaluation.forcing import ForcingScores, forced_share
 from .evaluation.lid import LanguageGuess, identify_language, language_share
@@ -35,6 +37,8 @@ from .recorded import Recording
 from .recording import RecordingPlan, plan, record
 from .reporting import write_report
 from .responses import TextResponses
+from .split_halves import Stability, UntilStable, stability, until_stable
+from .stopping import StopCheck, StopRule
 from .storage import Provenance
 
 __version__: str
@@ -46,6 +50,7 @@ __all__ = [
     "Adapter",
     "Add",
     "Amplify",
+    "CausalRanking",
     "Collect",
     "Condition",
     "Corpus",
@@ -59,6 +64,7 @@ __all__ = [
     "Language",
     "LanguageGuess",
     "LensNeuronsError",
+    "MethodComparison",
     "NeuronSet",
     "Override",
     "PerplexityMatrix",
@@ -66,14 +72,20 @@ __all__ = [
     "Recording",
     "RecordingPlan",
     "Silence",
+    "Stability",
     "SteeringScores",
+    "StopCheck",
+    "StopRule",
     "TestTime",
     "TextResponses",
     "TokenPolicy",
     "TopTexts",
+    "UntilStable",
     "adapt",
+    "causal_ranking",
     "cite",
     "collect_for",
+    "compare_methods",
     "complete",
     "errors",
     "factor",
@@ -90,7 +102,9 @@ __all__ = [
     "perplexity_matrix",
     "plan",
     "record",
+    "stability",
     "steer",
     "top_texts",
+    "until_stable",
     "write_report",
 ]
