@@ -86,13 +86,13 @@ class RecordingFolder:
         what = f"the recording in {self.path} (of {theirs.model}) and this call (with {mine.model})"
         theirs.require_same(mine, _SAME, what=what)
         pairs = [("languages", manifest["languages"], self._languages)]
-        old_settings, new_settings = theirs.extra["recording"], mine.extra["recording"]
+        old_settings, new_settings = _spread(theirs.extra["recording"]), _spread(mine.extra["recording"])
         for name in dict.fromkeys([*old_settings, *new_settings]):
             pairs.append((name, old_settings.get(name), new_settings.get(name)))
         for name, old, new in pairs:
             if old != new:
                 raise ProvenanceError(
-                    f"{what} do not belong together: {name} is {old!r} in one and {new!r} in the other; use "
+                    f"{what} do not belong together: {name} is {_short(old)} in one and {_short(new)} in the other; use "
                     "the same, or another path."
                 )
 
@@ -216,6 +216,17 @@ class RecordingFolder:
             else:
                 value.save(self.path / f"{name}.safetensors")
         stats.save(self.path / FILE_NAME)
+
+
+def _spread(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those of the collectors beside the others."""
+    inner = {f"collect.{name}": value for name, value in settings.get("collect", {}).items()}
+    return {**{name: value for name, value in settings.items() if name != "collect"}, **inner}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
