@@ -92,8 +92,8 @@ class RecordingFolder:
         for name, old, new in pairs:
             if old != new:
                 raise ProvenanceError(
-                    f"{what} do not belong together: {name} is {_short(old)} in one and {_short(new)} in the other; use "
-                    "the same, or another path."
+                    f"{what} do not belong together: {name} is {_short(old)} in one and {_short(new)} in the other; "
+                    "use the same, or another path."
                 )
 
     def _manifest(self) -> dict[str, Any]:
