@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lens_neurons.adapter import Adapter
 from lens_neurons.batching import Batch, Shard
-from lens_neurons.bins import Bins
+from lens_neurons.bins import Binning, Bins, binning_of
 from lens_neurons.collectors import Collector, HookPair
-from lens_neurons.errors import DataError, ModelError
+from lens_neurons.errors import DataError, ModelError, SettingError
 from lens_neurons.languages import canonical
 from lens_neurons.storage import SCHEMA, Provenance, load_tensors, require_kind, save_tensors
 
@@ -54,7 +54,7 @@ class Histograms:
 
     counts: Mapping[str, Int32[Tensor, "layer neuron bin"]]
     tokens: Int64[Tensor, " language"]
-    bins: Bins
+    bins: Binning
     site: str
     provenance: Provenance
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -64,7 +64,7 @@ class Histograms:
         cls,
         counts: Mapping[str, Tensor],
         *,
-        bins: Bins | None = None,
+        bins: Binning | None = None,
         site: str = "gate_act",
         provenance: Provenance | None = None,
     ) -> "Histograms":
@@ -111,7 +111,7 @@ class Histograms:
         cls,
         values: Mapping[str, Float[Tensor, "_ layer neuron"]],
         *,
-        bins: Bins | None = None,
+        bins: Binning | None = None,
         site: str = "gate_act",
         provenance: Provenance | None = None,
     ) -> "Histograms":
@@ -131,7 +131,8 @@ class Histograms:
         for label, table in values.items():
             if not bool(torch.isfinite(table).all()):
                 raise DataError(f"values of '{label}' are NaN or infinite; record again, in float32.")
-            index = made.index(table.float().cpu()).movedim(0, 2)
+            layers = [made.place(table[:, layer].float().cpu(), layer, 0) for layer in range(table.shape[1])]
+            index = torch.stack(layers).movedim(1, 2)
             empty = torch.zeros(*index.shape[:2], made.n + 2, dtype=torch.int32)
             counts[label] = empty.scatter_add_(2, index, torch.ones_like(index, dtype=torch.int32))
         return cls.from_counts(counts, bins=made, site=site, provenance=provenance)
@@ -183,7 +184,7 @@ class Histograms:
 
     def to_frame(self, layer: int, neuron: int) -> pd.DataFrame:
         """Return one row a language and bin of one neuron: language, low, high, tokens, share."""
-        edges = self.bins.edges().tolist()
+        edges = self.bins.edges_of(layer, neuron).tolist()
         parts = [
             pd.DataFrame(
                 {
@@ -220,8 +221,11 @@ class Histograms:
         counts, tokens, corpus = dict(self.counts), [self.tokens], self.provenance.corpus
         for other in others:
             self.provenance.require_same(other.provenance, _SAME, what="the recordings")
-            if other.bins != self.bins:
-                raise DataError(f"histograms with {self.bins} and {other.bins} cannot be merged; record both alike.")
+            mine, theirs = self.bins.to_dict(), other.bins.to_dict()
+            if mine != theirs:
+                raise DataError(
+                    f"histograms with bins {mine} and {theirs} cannot be merged; record both with the same."
+                )
             if twice := sorted(set(counts) & set(other.counts)):
                 raise DataError(
                     f"{', '.join(twice)} is in more than one recording; record its texts as one corpus, or select() "
@@ -244,7 +248,7 @@ class Histograms:
             "provenance": self.provenance.to_dict(),
             "notes": self.notes,
         }
-        save_tensors(path, {**tensors, "tokens": self.tokens}, header)
+        save_tensors(path, {**tensors, "tokens": self.tokens, **self.bins.tensors()}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Histograms":
@@ -256,8 +260,8 @@ class Histograms:
         tensors, header = load_tensors(path)
         require_kind(path, header, KIND)
         counts = {code: tensors[f"{number}.counts"] for number, code in enumerate(header["languages"])}
-        provenance = Provenance.from_dict(header["provenance"])
-        return cls(counts, tensors["tokens"], Bins(**header["bins"]), header["site"], provenance, header["notes"])
+        provenance, bins = Provenance.from_dict(header["provenance"]), binning_of(header["bins"], tensors)
+        return cls(counts, tensors["tokens"], bins, header["site"], provenance, header["notes"])
 
 
 def _require_countable(language: str, tokens: int) -> None:
@@ -276,21 +280,31 @@ class HistogramCollector(Collector):
 
     name = "histograms"
 
-    def __init__(self, adapter: Adapter, bins: Bins | None = None, site: str = "gate_act") -> None:
+    def __init__(self, adapter: Adapter, bins: Binning | None = None, site: str = "gate_act") -> None:
         """Start at zero.
 
         Args:
             adapter: The model.
             bins: The bins.
             site: Where to record.
+
+        Raises:
+            SettingError: The bins were made for another model or site.
         """
         self.adapter: Adapter = adapter
-        self.bins: Bins = bins or Bins()
+        self.bins: Binning = bins or Bins()
         self.site: str = site
+        self._bins = self.bins.to(adapter.device)
         # No hook holds act(gate): it is computed from the gate (design rule 1).
         self._source = "gate_pre" if site == "gate_act" else site
         self._activate: Callable[[Tensor], Tensor] | None = adapter.act_fn if site == "gate_act" else None
         self._width = adapter.width(site)
+        for table in self.bins.tensors().values():
+            if tuple(table.shape) != (adapter.n_layers, self._width):
+                raise SettingError(
+                    f"bins for {tuple(table.shape)} neurons do not fit the ({adapter.n_layers}, {self._width}) at "
+                    f"'{site}'; make them from a recording of this model and site."
+                )
         self._rows = torch.zeros(0, dtype=torch.int64)
         self._ones = torch.zeros(0, dtype=torch.int32)
         self._clear()
@@ -324,6 +338,7 @@ class HistogramCollector(Collector):
         block, most = _BLOCK.get(values.device.type, (1 << 20, 1 << 20))
         columns = min(self._width, most)
         tokens = max(1, block // columns)
+        bins = self._bins
         for j in range(0, self._width, columns):
             counts = self._counts[layer, j : j + columns]
             starts = torch.arange(len(counts), device=values.device) * (self.bins.n + 2)
@@ -331,7 +346,7 @@ class HistogramCollector(Collector):
                 part = values[:, j : j + columns].index_select(0, rows[i : i + tokens])
                 active = (part if self._activate is None else self._activate(part)).float()
                 self._sums[layer] += active.sum()
-                places = self.bins.index(active)
+                places = bins.place(active, layer, j)
                 places += starts
                 counts.view(-1).scatter_add_(0, places.view(-1), self._one_each(places.view(-1)))
 
