@@ -4,6 +4,7 @@ from . import errors, figures
 from .activation_stats import ActivationStats
 from .adapter import Adapter
 from .batching import TokenPolicy
+from .bins import Bins, NeuronBins
 from .collect import Collect
 from .compare import MethodComparison, compare_methods
 from .completing import complete
@@ -17,6 +18,7 @@ from .evaluation.lss import SteeringScores, language_steering_shift
 from .evaluation.perplexity import PerplexityMatrix, perplexity_matrix
 from .facts import Fact, Facts
 from .generation import Generation, Generations, generate
+from .histograms import Histograms
 from .interventions import (
     Add,
     Amplify,
@@ -31,8 +33,11 @@ from .interventions import (
 )
 from .languages import DEMO_LANGUAGES, LANGUAGES, Language, get_language
 from .methods import cite, collect_for, identify, list_methods
+from .methods.specialisation import overlap_by_layer
 from .model import adapt, load_model
+from .neuron_files import export_neurons, import_neurons, to_lape_list
 from .neurons import NeuronSet
+from .precision_tables import PrecisionTable, read_precision_table
 from .recorded import Recording
 from .recording import RecordingPlan, plan, record
 from .reporting import write_report
@@ -50,6 +55,7 @@ __all__ = [
     "Adapter",
     "Add",
     "Amplify",
+    "Bins",
     "CausalRanking",
     "Collect",
     "Condition",
@@ -60,14 +66,17 @@ __all__ = [
     "ForcingScores",
     "Generation",
     "Generations",
+    "Histograms",
     "Intervention",
     "Language",
     "LanguageGuess",
     "LensNeuronsError",
     "MethodComparison",
+    "NeuronBins",
     "NeuronSet",
     "Override",
     "PerplexityMatrix",
+    "PrecisionTable",
     "Provenance",
     "Recording",
     "RecordingPlan",
@@ -88,6 +97,7 @@ __all__ = [
     "compare_methods",
     "complete",
     "errors",
+    "export_neurons",
     "factor",
     "figures",
     "forced_share",
@@ -95,15 +105,19 @@ __all__ = [
     "get_language",
     "identify",
     "identify_language",
+    "import_neurons",
     "language_share",
     "language_steering_shift",
     "list_methods",
     "load_model",
+    "overlap_by_layer",
     "perplexity_matrix",
     "plan",
+    "read_precision_table",
     "record",
     "stability",
     "steer",
+    "to_lape_list",
     "top_texts",
     "until_stable",
     "write_report",

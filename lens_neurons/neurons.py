@@ -246,18 +246,7 @@ class NeuronSet(UnitSet):
                 tensors[f"{number}.site"] = table.site
             if table.kind is not None:
                 tensors[f"{number}.kind"] = table.kind
-        header = {
-            "kind": "neuron_set",
-            "schema": SCHEMA,
-            "languages": list(self.languages),
-            "sites": {site: list(shape) for site, shape in self.sites.items()},
-            "site_order": list(self.sites),
-            "kinds": list(self.kinds),
-            "method": dict(self.method),
-            "notes": list(self.notes),
-            "provenance": self.provenance.to_dict(),
-        }
-        save_tensors(path, tensors, header)
+        save_tensors(path, tensors, header_of(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "NeuronSet":
@@ -273,27 +262,55 @@ class NeuronSet(UnitSet):
             layer, index, score = (tensors[f"{number}.{name}"] for name in ("layer", "index", "score"))
             site = tensors.get(f"{number}.site", torch.zeros_like(layer))
             tables[code] = UnitTable(layer, index, score, site, tensors.get(f"{number}.kind"))
-        # The header's keys are sorted when it is written, so the order of the sites stands beside them.
-        sites = {site: tuple(header["sites"][site]) for site in header.get("site_order", header["sites"])}
-        provenance = Provenance.from_dict(header["provenance"])
-        kinds = tuple(header.get("kinds", ()))
-        return cls(tables, sites, provenance, header["method"], tuple(header["notes"]), kinds)
+        return with_header(tables, header)
 
     @classmethod
     def from_published(
-        cls, path: str | os.PathLike[str], *, languages: Sequence[str], shape: tuple[int, int], site: str = "gate_act"
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        languages: Sequence[str] | None,
+        shape: tuple[int, int],
+        site: str = "gate_act",
+        allow_short: bool = False,
     ) -> "NeuronSet":
         """Return the set in a `.pth` file published with a paper: list[language][layer] of index tensors.
 
         Args:
             path: The file; read with `torch.load(weights_only=True)`.
-            languages: The file's languages in its order (the files do not say).
+            languages: The file's languages in its order (the files do not say, except dictionaries: None).
             shape: Number of layers and neurons a layer.
             site: Where the units live.
+            allow_short: Take languages that are missing at the file's end, as the LAPE code drops those without
+                neurons, for empty; `notes` says so.
 
         Raises:
             StorageError: The file does not exist, is damaged, or does not hold such lists of integers.
             DataError: Its numbers of languages or layers, or its indices, do not fit.
         """
-        masks = read_lists(path, languages, shape)
-        return cls.from_masks(masks, site=site, method={"name": "published", "file": Path(path).name})
+        masks, notes = read_lists(path, languages, shape, allow_short=allow_short)
+        return cls.from_masks(masks, site=site, method={"name": "published", "file": Path(path).name}, notes=notes)
+
+
+def header_of(neurons: NeuronSet) -> dict[str, Any]:
+    """Return, as plain JSON values, what a set is besides its units: what files of every format say of it."""
+    return {
+        "kind": "neuron_set",
+        "schema": SCHEMA,
+        "languages": list(neurons.languages),
+        "sites": {site: list(shape) for site, shape in neurons.sites.items()},
+        "site_order": list(neurons.sites),
+        "kinds": list(neurons.kinds),
+        "method": dict(neurons.method),
+        "notes": list(neurons.notes),
+        "provenance": neurons.provenance.to_dict(),
+    }
+
+
+def with_header(tables: Mapping[str, UnitTable], header: Mapping[str, Any]) -> NeuronSet:
+    """Return the set of some units and what `header_of` said of it."""
+    # The header's keys are sorted when it is written, so the order of the sites stands beside them.
+    sites = {site: tuple(header["sites"][site]) for site in header.get("site_order", header["sites"])}
+    provenance = Provenance.from_dict(header["provenance"])
+    kinds = tuple(header.get("kinds", ()))
+    return NeuronSet(tables, sites, provenance, header["method"], tuple(header["notes"]), kinds)

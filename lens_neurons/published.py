@@ -1,4 +1,4 @@
-"""Neuron lists as papers published them: `.pth` files of list[language][layer] of index tensors."""
+"""Neuron lists as papers published them: `.pth` files of list[language][layer] of index tensors, or of masks."""
 
 import os
 import pickle
@@ -53,33 +53,65 @@ def load_plain_pth(path: str | os.PathLike[str]) -> Any:
 
 
 def read_lists(
-    path: str | os.PathLike[str], languages: Sequence[str], shape: tuple[int, int]
-) -> dict[str, Bool[Tensor, "layer neuron"]]:
-    """Return one mask a language from a file of list[language][layer] of index tensors.
+    path: str | os.PathLike[str], languages: Sequence[str] | None, shape: tuple[int, int], *, allow_short: bool = False
+) -> tuple[dict[str, Bool[Tensor, "layer neuron"]], tuple[str, ...]]:
+    """Return one mask a language, and notes, from a file of list[language][layer] of index tensors.
+
+    Masks are read too: a tensor [language, layer, neuron], or one [layer, neuron] instead of a language's lists, of
+    truth values or of 0 and 1. A dictionary by language may stand for the outer list.
 
     Args:
         path: The file.
-        languages: The file's languages in its order (the files do not say).
+        languages: The file's languages in its order; None for a dictionary, which says them itself.
         shape: Number of layers and neurons a layer.
+        allow_short: Whether languages at the end may be missing. The LAPE code drops trailing languages that have no
+            neurons (`indices.split(bincount(language))`), so that the list is shorter than the languages were.
 
     Raises:
         StorageError: The file does not exist, is damaged, or does not hold such lists of integers.
         DataError: Its numbers of languages or layers, or its indices, do not fit.
     """
     entries: Any = load_plain_pth(path)
-    if not isinstance(entries, list) or not all(isinstance(entry, list) for entry in entries):
+    if isinstance(entries, Tensor) and entries.dim() == 3:
+        entries = list(entries)
+    listed = list(entries.values()) if isinstance(entries, dict) else entries
+    if not isinstance(listed, list) or not all(isinstance(entry, list) or _is_matrix(entry) for entry in listed):
         raise StorageError(f"{path} holds no list[language][layer] of tensors; expected a published neuron file.")
-    if len(entries) != len(languages):
-        raise DataError(f"{path} holds {len(entries)} languages, but {len(languages)} were named; name each in order.")
-    masks: dict[str, Tensor] = {}
-    for label, layers in zip(languages, entries, strict=True):
-        if len(layers) != shape[0]:
-            raise DataError(f"{path} has {len(layers)} layers for '{label}', but shape says {shape[0]}.")
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for layer, indices in enumerate(layers):
-            mask[layer, _published_indices(path, indices, shape[1])] = True
-        masks[label] = mask
-    return masks
+    if isinstance(entries, dict):
+        names = list(map(str, entries)) if languages is None else list(languages)
+        if sorted(names) != sorted(map(str, entries)):
+            raise DataError(f"{path} has the languages {', '.join(map(str, entries))}; name these, or none.")
+        listed = [entries[name] for name in names]
+    elif languages is None:
+        raise DataError(f"{path} does not say its languages; name its {len(listed)} languages in order.")
+    else:
+        names = list(languages)
+    n = len(listed)
+    if n > len(names) or (n < len(names) and not allow_short):
+        also = ", or use allow_short=True where the last have no neurons" if n < len(names) else ""
+        raise DataError(f"{path} holds {n} languages, but {len(names)} were named; name each in order{also}.")
+    masks = {label: _mask(path, label, entry, shape) for label, entry in zip(names, listed, strict=False)}
+    masks |= {label: torch.zeros(shape, dtype=torch.bool) for label in names[n:]}
+    return masks, ((f"the file ends before {', '.join(names[n:])}; taken as without neurons",) if names[n:] else ())
+
+
+def _is_matrix(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dim() == 2
+
+
+def _mask(path: str | os.PathLike[str], label: str, entry: Any, shape: tuple[int, int]) -> Bool[Tensor, "layer neuron"]:
+    if len(entry) != shape[0]:
+        raise DataError(f"{path} has {len(entry)} layers for '{label}', but shape says {shape[0]}.")
+    mask = torch.zeros(shape, dtype=torch.bool)
+    if isinstance(entry, Tensor):
+        if entry.shape[1] != shape[1]:
+            raise DataError(f"{path} has masks of {entry.shape[1]} neurons a layer, but shape says {shape[1]}.")
+        if bool(((entry != 0) & (entry != 1)).any()):
+            raise StorageError(f"{path} holds a mask with other values than 0 and 1; expected a published file.")
+        return entry != 0
+    for layer, indices in enumerate(entry):
+        mask[layer, _published_indices(path, indices, shape[1])] = True
+    return mask
 
 
 def _published_indices(path: str | os.PathLike[str], entry: Any, width: int) -> Int64[Tensor, " unit"]:
