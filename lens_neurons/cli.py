@@ -177,27 +177,49 @@ def record(
     site: Annotated[str, typer.Option(help="gate_act, post, gate_pre, up, q, k, v, attn_out or mlp_out.")] = "gate_act",
     texts_kept: Annotated[int, typer.Option(help="Texts a language whose means give p_max and its like.")] = 100,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 4096,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods to collect for beside counts and sums; see `methods`.")
+    ] = None,
+    sae: Annotated[
+        list[str] | None, typer.Option(help="Sparse autoencoder, for sae_lape: 'demo', a folder or sae-lens:...")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     backend: Backend = "auto",
     as_json: Json = False,
 ) -> None:
     """Record activation statistics of a model on texts of many languages."""
+    from lens_neurons.methods import collect_for
     from lens_neurons.recording import record as run
+    from lens_neurons.sae import load_sae
 
+    if sae and not methods:
+        raise SettingError("--sae does nothing without --methods; name the methods that need it, such as sae_lape.")
+    saes = [load_sae(one) for one in sae or []]
+    collect = collect_for(methods.split(","), saes=saes or None) if methods else None
     texts = _load_corpus(corpus, languages, field, limit)
     policy: dict[str, Any] = {"bos": bos, "overflow": overflow, "chat": chat, "site": site}  # record checks them
-    stats = run(
+    made: Any = run(
         _load_model(model, dtype, device, backend),
         texts,
         out,
+        collect=collect,
         **policy,
         max_tokens=max_tokens,
         pack=pack,
         texts_kept=texts_kept,
         batch_tokens=batch_tokens,
     )
+    stats = made if collect is None else made.stats
     _emit(stats.to_frame(), as_json, f"Recorded to {out}", path=str(out))
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the identification methods, their papers, and what a recording must hold for them."""
+    from lens_neurons.methods import list_methods
+
+    _emit(list_methods(), as_json, "Identification methods")
 
 
 @app.command()
@@ -211,8 +233,10 @@ def identify(
     """Find the language-specific neurons in a recording."""
     from lens_neurons.activation_stats import ActivationStats
     from lens_neurons.methods import identify as run
+    from lens_neurons.recorded import Recording
 
-    neurons = run(ActivationStats.load(stats), method=method, **_settings(setting or []))
+    data = Recording.load(stats) if stats.is_dir() else ActivationStats.load(stats)
+    neurons = run(data, method=method, **_settings(setting or []))
     neurons.save(out)
     _emit(neurons.summary(), as_json, f"{method}: {len(neurons)} units, written to {out}", path=str(out))
 

@@ -142,7 +142,7 @@ class NeuronSet(UnitSet):
         """
         if metric not in ("jaccard", "count", "dice"):
             raise SettingError(f"metric={metric!r} is unknown; use 'jaccard', 'count' or 'dice'.")
-        masks = torch.stack([self._member(code) for code in self.languages]).to(torch.float64)
+        masks = torch.stack([self.flat_mask(code) for code in self.languages]).to(torch.float64)
         shared = masks @ masks.T
         sizes = masks.sum(dim=1)
         total = sizes[:, None] + sizes[None, :]
@@ -197,19 +197,20 @@ class NeuronSet(UnitSet):
         return pd.DataFrame(rows).set_index("language")
 
     def random_like(
-        self, seed: int, *, avoid: Bool[Tensor, "layer neuron"] | None = None, allow_short: bool = False
+        self, seed: int, *, avoid: Bool[Tensor, "*unit"] | None = None, allow_short: bool = False
     ) -> "NeuronSet":
         """Return a random control: as many units in every layer and site for every language, none of them in this set.
 
         Args:
             seed: Seed; each language's draw depends on it and on the language's name alone.
-            avoid: Further units that must not be drawn, such as those of languages that were selected away.
+            avoid: Further units that must not be drawn, such as those of languages that were selected away: a mask
+                [layer, neuron] of a set with one site, or one over the flat numbers.
             allow_short: In a layer with too few free units draw those there are, and say so in `notes`.
 
         Raises:
             DataError: A layer has fewer free units than asked for.
         """
-        taken = self._union() if avoid is None else self._union() | avoid.flatten()
+        taken = self.flat_union_mask() if avoid is None else self.flat_union_mask() | avoid.flatten()
         units, notes = dict[str, Tensor](), list[str]()
         for code, table in self.tables.items():
             units[code], short = draw_like(table, self.sites, taken, seed, code, allow_short=allow_short)

@@ -81,7 +81,7 @@ class UnitSet:
 
     def __len__(self) -> int:
         """Return the number of distinct units."""
-        return int(self._union().sum())
+        return int(self.flat_union_mask().sum())
 
     def __repr__(self) -> str:
         """Return method, size and counts."""
@@ -100,12 +100,14 @@ class UnitSet:
         """Return the flat numbers of one language's units, best first."""
         return flat_numbers(self._table(language), self.sites)
 
-    def _member(self, language: str) -> Bool[Tensor, " any"]:
+    def flat_mask(self, language: str) -> Bool[Tensor, " any"]:
+        """Return one language's units as a boolean mask over the flat numbers."""
         member = torch.zeros(self.n_units, dtype=torch.bool)
         member[self.flat(language)] = True
         return member
 
-    def _union(self) -> Bool[Tensor, " any"]:
+    def flat_union_mask(self) -> Bool[Tensor, " any"]:
+        """Return the units of any language as a boolean mask over the flat numbers."""
         member = torch.zeros(self.n_units, dtype=torch.bool)
         for code in self.tables:
             member[self.flat(code)] = True
@@ -118,11 +120,11 @@ class UnitSet:
 
     def mask(self, language: str) -> Bool[Tensor, "layer neuron"]:
         """Return one language's units as a boolean mask, of a set with one site."""
-        return self._member(language).reshape(self.shape)
+        return self.flat_mask(language).reshape(self.shape)
 
     def union_mask(self) -> Bool[Tensor, "layer neuron"]:
         """Return the units of any language as a boolean mask, of a set with one site."""
-        return self._union().reshape(self.shape)
+        return self.flat_union_mask().reshape(self.shape)
 
     def counts(self) -> dict[str, int]:
         """Return the number of units a language."""
@@ -234,7 +236,7 @@ class UnitSet:
         if operation != "or":
             keep_shared = operation == "and"
             empty = torch.zeros(self.n_units, dtype=torch.bool)
-            theirs = {code: other._member(code) if code in other.tables else empty for code in self.tables}
+            theirs = {code: other.flat_mask(code) if code in other.tables else empty for code in self.tables}
             return self._filtered(
                 lambda code, table: theirs[code][flat_numbers(table, self.sites)] == keep_shared, note
             )
@@ -245,6 +247,6 @@ class UnitSet:
             if code not in tables:
                 tables[code] = table
                 continue
-            fresh = table.take(~self._member(code)[flat_numbers(table, self.sites)])
+            fresh = table.take(~self.flat_mask(code)[flat_numbers(table, self.sites)])
             tables[code] = concatenated(tables[code], fresh)
         return replace(self, tables=tables, method={**self.method, "then": [*self.method.get("then", []), note]})
