@@ -18,7 +18,6 @@ from lens_neurons.languages import canonical
 from lens_neurons.storage import Provenance
 from lens_neurons.unit_table import UnitTable, concatenated, flat_numbers
 
-
 # typing.Self would be the word, but what checks the annotations in the tests takes it only on decorated classes.
 S = TypeVar("S", bound="UnitSet")
 
