@@ -7,6 +7,7 @@ file and `model.py` know TransformerLens: its classes, its caches, its ways to s
 import contextlib
 import copy
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -303,3 +304,54 @@ class BridgeAdapter(Adapter):
                 "backend='hooked' where that can be."
             )
         return logits[0]
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """What a layer's attention is made of: softmax(mask(cap(scale * Q K^T + positions))) V W_O.
+
+    Attributes:
+        queries: Hook of the queries as they enter the product, after any rotation: [batch, pos, head, d_head].
+        keys: Hook of the keys as they enter it: [batch, pos, key-value head, d_head].
+        scores: Hook of what the softmax reads: [batch, head, query, key].
+        pattern: Hook of what it returns.
+        mixed: Hook of the values that each head mixed, which W_O reads: [batch, pos, head, d_head].
+        scale: What the products are multiplied by.
+        soft_cap: Where they are capped, as cap * tanh(x / cap); None where they are not.
+    """
+
+    queries: str
+    keys: str
+    scores: str
+    pattern: str
+    mixed: str
+    scale: float
+    soft_cap: float | None
+
+
+def attention_parts(adapter: Adapter, layer: int) -> AttentionParts:
+    """Return what a layer's attention is made of, as its class says; whoever uses it proves it on a few tokens."""
+    attention = adapter.model.blocks[layer].attn
+    if isinstance(adapter, BridgeAdapter):
+        inner = attention.original_component
+        scale = getattr(inner, "scaling", None) or adapter.d_head**-0.5
+        cap = getattr(inner, "attn_logit_softcapping", None)
+    else:
+        scale = 1 / attention.attn_scale
+        cap = adapter.model.cfg.attn_scores_soft_cap
+    block = f"blocks.{layer}.attn"
+    rotated = hasattr(attention, "hook_rot_q")
+    return AttentionParts(
+        queries=f"{block}.hook_rot_q" if rotated else adapter.hook_name("q", layer),
+        keys=f"{block}.hook_rot_k" if rotated else adapter.hook_name("k", layer),
+        scores=f"{block}.hook_attn_scores",
+        pattern=f"{block}.hook_pattern",
+        mixed=f"{block}.hook_z",
+        scale=float(scale),
+        soft_cap=float(cap) if cap and cap > 0 else None,
+    )
+
+
+def attention_weights(adapter: Adapter, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """Return W_O: what every dimension of every head writes."""
+    return adapter.model.blocks[layer].attn.W_O.detach()
