@@ -141,3 +141,27 @@ def test_the_registry_lists_and_cites():
     assert cite(found.random_like(0)) == cite(found)
     scores = SimpleNamespace(task="lss", settings={"method": found.method})
     assert cite(scores) == "\n\n".join([cite("lss"), cite(found)])
+
+
+def test_presets_are_the_rates_of_the_studies():
+    tokens, positive = random_counts(3, (4, 200), ("en", "de", "fr"))
+    stats = ActivationStats.from_counts(tokens, positive)
+    assert as_lists(identify(stats, "lape", preset="original")) == as_lists(identify(stats, "lape"))
+    for n in range(1, 6):
+        found = identify(stats, "lape", preset=f"language_arithmetic_{n}")
+        assert as_lists(found) == as_lists(identify(stats, "lape", top_rate=n / 100))
+        assert found.method["top_rate"] == n / 100
+    found = identify(stats, "lape", preset="demo")
+    assert as_lists(found) == as_lists(identify(stats, "lape", top_rate=0.14, activation_bar_ratio=0.9))
+    for wrong in ({"preset": "mine"}, {"preset": "demo", "top_rate": 0.2}):
+        with pytest.raises(SettingError) as caught:
+            identify(stats, "lape", **wrong)
+        assert str(caught.value).endswith(".")
+
+
+def test_optional_numbers_are_checked_too():
+    tokens, positive = random_counts(3, (4, 200), ("en", "de", "fr"))
+    stats = ActivationStats.from_counts(tokens, positive)
+    with pytest.raises(SettingError, match="must be a number"):
+        identify(stats, "ternary", lam="0" + ".1")
+    assert identify(stats, "ternary", lam=None).languages == ("en", "de", "fr")

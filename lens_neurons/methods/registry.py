@@ -103,6 +103,7 @@ def identify(data: RecordedData, method: str = "lape", **settings: Any) -> Neuro
         if name not in known:
             raise SettingError(f"method '{method}' has no setting '{name}'; it has {', '.join(known)}.")
         wanted = inspect.signature(function).parameters[name].annotation
+        wanted = next((kind for kind in _NUMBERS if wanted == kind | None and settings[name] is not None), wanted)
         if wanted in _NUMBERS:
             settings[name] = _number(method, name, settings[name], wanted)
     return function(_needed(data, _METHODS[method]), **settings)
