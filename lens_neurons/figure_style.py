@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 
 from lens_neurons.errors import SettingError
 from lens_neurons.languages import DEMO_LANGUAGES, LANGUAGES
@@ -140,6 +142,26 @@ def looks(languages: Sequence[str]) -> dict[str, int]:
     taken = set(fixed.values())
     free = (place for place in range(len(taken) + len(languages)) if place not in taken)
     return {code: fixed[code] if code in fixed else next(free) for code in languages}
+
+
+def similarity_order(similarity: pd.DataFrame) -> list[str]:
+    """Return names so that similar ones stand together; those that share nothing with any other come last.
+
+    Average linkage on 1 - similarity with optimal leaf ordering.
+
+    Args:
+        similarity: Symmetric table of values from 0 to 1; the diagonal is not read.
+    """
+    values = similarity.to_numpy(dtype=np.float64).copy()
+    np.fill_diagonal(values, 0.0)
+    related = [place for place in range(len(values)) if values[place].any()]
+    rest = [place for place in range(len(values)) if place not in related]
+    if len(related) > 2:
+        distance = 1.0 - values[np.ix_(related, related)]
+        np.fill_diagonal(distance, 0.0)
+        tree = linkage(squareform(distance, checks=False), method="average", optimal_ordering=True)
+        related = [related[leaf] for leaf in leaves_list(tree)]
+    return [str(similarity.index[place]) for place in (*related, *rest)]
 
 
 def color_bar(title: str, **settings: Any) -> dict[str, Any]:

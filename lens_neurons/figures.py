@@ -7,10 +7,14 @@ import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 
 from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.comparison_figures import average_precision as average_precision
+from lens_neurons.comparison_figures import causal_ranking as causal_ranking
+from lens_neurons.comparison_figures import method_layers as method_layers
+from lens_neurons.comparison_figures import method_overlap as method_overlap
+from lens_neurons.comparison_figures import stability_curve as stability_curve
+from lens_neurons.comparison_figures import unit_classes as unit_classes
 from lens_neurons.errors import SettingError
 from lens_neurons.evaluation.contexts import TopTexts
 from lens_neurons.evaluation.forcing import ForcingScores
@@ -33,6 +37,7 @@ from lens_neurons.figure_style import (
     plain,
     style_of,
 )
+from lens_neurons.figure_style import similarity_order as similarity_order
 from lens_neurons.neurons import Metric, NeuronSet
 
 _METRIC_NAMES = {"jaccard": "Jaccard index", "count": "shared neurons", "dice": "Dice coefficient"}
@@ -68,37 +73,17 @@ def layer_distribution(neurons: NeuronSet, theme: Theme = "light") -> go.Figure:
             ),
             marker=style.bar(look[code]),
         )
-    n_layers, width = neurons.shape
+    n_layers = len(by_layer)
     empty = sum(n == 0 for n in neurons.counts().values())
     subtitle = (
-        f"{len(neurons):,} of {n_layers * width:,} neurons ({len(neurons) / (n_layers * width):.2%}), site "
-        f"{plain(neurons.site)}; {len(neurons.languages)} languages, {empty} of them without neurons"
+        f"{len(neurons):,} of {neurons.n_units:,} neurons ({len(neurons) / neurons.n_units:.2%}), site "
+        f"{plain('+'.join(neurons.sites))}; {len(neurons.languages)} languages, {empty} of them without neurons"
     )
     finish(fig, style, "Language neurons by layer", subtitle, max(460, 150 + 20 * len(neurons.languages)))
     # The legend reads from the top of a bar to its foot.
     fig.update_layout(barmode="stack", bargap=0.18, legend_traceorder="reversed")
     fig.update_xaxes(title_text="layer", range=[-0.5, n_layers - 0.5], showgrid=False, dtick=max(1, n_layers // 16))
     return fig.update_yaxes(title_text="neurons (summed over languages)", tickformat=",d", rangemode="tozero")
-
-
-def similarity_order(similarity: pd.DataFrame) -> list[str]:
-    """Return languages so that similar ones stand together; those that share nothing with any other come last.
-
-    Average linkage on 1 - similarity with optimal leaf ordering.
-
-    Args:
-        similarity: Symmetric table of values from 0 to 1; the diagonal is not read.
-    """
-    values = similarity.to_numpy(dtype=np.float64).copy()
-    np.fill_diagonal(values, 0.0)
-    related = [place for place in range(len(values)) if values[place].any()]
-    rest = [place for place in range(len(values)) if place not in related]
-    if len(related) > 2:
-        distance = 1.0 - values[np.ix_(related, related)]
-        np.fill_diagonal(distance, 0.0)
-        tree = linkage(squareform(distance, checks=False), method="average", optimal_ordering=True)
-        related = [related[leaf] for leaf in leaves_list(tree)]
-    return [str(similarity.index[place]) for place in (*related, *rest)]
 
 
 def overlap(neurons: NeuronSet, metric: Metric = "jaccard", theme: Theme = "light") -> go.Figure:

@@ -2,11 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pyarrow.parquet as pq
@@ -16,16 +15,31 @@ from plotly.offline import get_plotlyjs
 
 from lens_neurons import __version__, figures
 from lens_neurons.activation_stats import ActivationStats
+from lens_neurons.compare import MethodComparison
 from lens_neurons.errors import DataError, StorageError
+from lens_neurons.evaluation.causal import CausalRanking
 from lens_neurons.evaluation.contexts import TopTexts
 from lens_neurons.evaluation.forcing import ForcingScores
 from lens_neurons.evaluation.lss import SteeringScores
 from lens_neurons.evaluation.perplexity import PerplexityMatrix
 from lens_neurons.figure_style import dark_colours
 from lens_neurons.generation import Generations
-from lens_neurons.languages import LANGUAGES
 from lens_neurons.methods import cite, list_methods
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.report_blocks import (
+    ABSENT,
+    Block,
+    cell,
+    figure_block,
+    note_blocks,
+    script_json,
+    settings_block,
+    table_block,
+    text_block,
+    words,
+)
+from lens_neurons.reporting_comparison import COMPARISONS
+from lens_neurons.split_halves import Stability
 from lens_neurons.storage import Provenance, load_json, load_tensors, write_atomic
 
 Part = (
@@ -34,20 +48,29 @@ Part = (
     | SteeringScores
     | PerplexityMatrix
     | ForcingScores
+    | MethodComparison
+    | Stability
+    | CausalRanking
     | Generations
     | TopTexts
     | pd.DataFrame
     | go.Figure
     | str
 )
-Saved = ActivationStats | NeuronSet | SteeringScores | PerplexityMatrix | ForcingScores | TopTexts
-Block = dict[str, Any]
+Saved = (
+    ActivationStats
+    | NeuronSet
+    | SteeringScores
+    | PerplexityMatrix
+    | ForcingScores
+    | MethodComparison
+    | Stability
+    | CausalRanking
+    | TopTexts
+)
 
 _TEMPLATE = "report.html.jinja"
-_LANGUAGE_COLUMNS = frozenset({"language", "base", "target", "silenced", "tested", "other", "guess"})
-_ABSENT = "–"
 # What a page can hold and a reader can read.
-_MOST_ROWS = 200
 _MOST_PROMPTS = 60
 _CONTEXTS = 12
 _UNITS = 3
@@ -110,7 +133,9 @@ def write_report(
     """
     sections: list[dict[str, Any]] = []
     if notes:
-        sections.append(_section("Notes", [_text(note) for note in ([notes] if isinstance(notes, str) else notes)]))
+        sections.append(
+            _section("Notes", [text_block(note) for note in ([notes] if isinstance(notes, str) else notes)])
+        )
     plain = [part[1] if isinstance(part, tuple) else part for part in parts]
     recordings = [part for part in plain if isinstance(part, ActivationStats)]
     for entry in parts:
@@ -123,7 +148,7 @@ def write_report(
     if references := cite(*_citable(plain)):
         sections.append(_section("References", [{"kind": "code", "text": references}]))
     if (origins := _provenance(plain)) is not None:
-        sections.append(_section("Provenance", [_table(origins, "Where the results come from")]))
+        sections.append(_section("Provenance", [table_block(origins, "Where the results come from")]))
     for number, section in enumerate(sections):
         section["anchor"] = f"section-{number + 1}"
     loader = FileSystemLoader(Path(__file__).parent)
@@ -135,7 +160,7 @@ def write_report(
         version=__version__,
         sections=sections,
         plotly_js=Markup(get_plotlyjs()),
-        dark=_script_json(json.dumps(dark_colours())),
+        dark=script_json(json.dumps(dark_colours())),
     )
     # Half of a surrogate pair, which no file can hold, may come out of a tokenizer.
     write_atomic(path, text.encode("utf-8", errors="replace"))
@@ -160,6 +185,9 @@ def load_part(path: str | os.PathLike[str]) -> Saved:
         "steering_scores": SteeringScores,
         "perplexity_matrix": PerplexityMatrix,
         "forcing_scores": ForcingScores,
+        "method_comparison": MethodComparison,
+        "stability": Stability,
+        "causal_ranking": CausalRanking,
         "top_texts": TopTexts,
     }
     if kind not in classes:
@@ -200,98 +228,13 @@ def _add_prose(sections: list[dict[str, Any]], heading: str, prose: str) -> None
         heading, prose = first.removeprefix("# "), rest
     if heading or not sections:
         sections.append(_section(heading or "Notes", []))
-    sections[-1]["blocks"] += [_text(" ".join(part.split())) for part in prose.split("\n\n") if part.strip()]
+    sections[-1]["blocks"] += [text_block(" ".join(part.split())) for part in prose.split("\n\n") if part.strip()]
 
 
 def _citable(parts: Sequence[Part]) -> list[Any]:
-    return [part for part in parts if isinstance(part, NeuronSet | SteeringScores | PerplexityMatrix | ForcingScores)]
-
-
-# Blocks: what the template knows how to draw.
-
-
-def _text(text: str, kind: str = "text") -> Block:
-    return {"kind": kind, "text": text}
-
-
-def _notes(notes: Sequence[str]) -> list[Block]:
-    return [_text(f"Note: {note}", "note") for note in notes]
-
-
-def _script_json(text: str) -> Markup:
-    """Return JSON that may stand inside a script element: nothing in it can end the element or open a comment."""
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _figure(fig: go.Figure, ours: bool = True) -> Block:
-    # A figure of one's own keeps its colours; ours are changed to those of the dark theme in the page.
-    text = fig.to_json(validate=False) or "{}"
-    height = int(fig.layout.height or 450)
-    return {"kind": "figure", "json": _script_json(text), "height": height, "ours": ours}
-
-
-def _table(frame: Any, caption: str = "", *, folded: bool = False) -> Block:
-    shown = frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
-    names = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in shown.columns]
-    head = shown.head(_MOST_ROWS).set_axis(range(len(names)), axis=1)
-    columns: list[dict[str, Any]] = []
-    cells: list[list[str]] = []
-    for place, name in enumerate(names):
-        ends = ["low", "high"] if name == "mean" else [f"{name}_low", f"{name}_high"]
-        if name in {f"{other}_{end}" for other in names for end in ("low", "high")} or (
-            name in ("low", "high") and "mean" in names
-        ):
-            continue
-        column = _formatted(head[place], name)
-        if set(ends) <= set(names):
-            low, high = (_formatted(head[names.index(end)], name) for end in ends)
-            column = [m if m == _ABSENT else f"{m} [{a}, {b}]" for m, a, b in zip(column, low, high)]
-        columns.append({"name": name.replace("_", " "), "numeric": head[place].dtype.kind in "iuf"})
-        cells.append(column)
-    more = len(shown) - len(head)
-    return {
-        "kind": "table",
-        "caption": caption,
-        "columns": columns,
-        "rows": list(zip(*cells)),
-        "more": more,
-        "folded": folded,
-    }
-
-
-def _formatted(values: Any, name: str) -> list[str]:
-    """Return a column's values as text; those of one column have the same number of decimals."""
-    if values.dtype.kind in "iu":
-        return [f"{value:,}" for value in values]
-    if values.dtype.kind == "f":
-        there = values[np.isfinite(values)].abs()
-        # Layers and counts become floats where one of them is absent.
-        whole = bool((there % 1 == 0).all()) and bool((there > 1).any())
-        decimals = 0 if whole or (there >= 1000).any() else 3
-        return [f"{value:,.{decimals}f}" if value == value else _ABSENT for value in values]
-    return [_cell(value, name) for value in values]
-
-
-def _cell(value: Any, name: str) -> str:
-    if value is None or value != value:
-        return _ABSENT
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if name in _LANGUAGE_COLUMNS and value in LANGUAGES:
-        return f"{value} {LANGUAGES[value].name}".replace(" ", "\u00a0")
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _words(value: Any) -> str:
-    """Return a plain JSON value as one reads it."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_words(part)}" for name, part in value.items())
-    return ", ".join(map(_words, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _settings(values: Mapping[str, Any], caption: str) -> Block:
-    rows = [{"setting": name, "value": _words(value)} for name, value in values.items()]
-    return _table(pd.DataFrame(rows, columns=["setting", "value"]), caption, folded=True)
+    kinds = NeuronSet | SteeringScores | PerplexityMatrix | ForcingScores
+    matrices = [matrix for part in parts if isinstance(part, CausalRanking) for matrix in part.matrices.values()]
+    return [*(part for part in parts if isinstance(part, kinds)), *matrices]
 
 
 # Sections, by the type of the part.
@@ -302,15 +245,16 @@ def _blocks(part: Any, recordings: Sequence[ActivationStats]) -> tuple[str, list
     if isinstance(part, NeuronSet):
         heading, blocks = _neurons(part, recordings)
     elif isinstance(part, pd.DataFrame):
-        return "Table", [_table(part)]
+        return "Table", [table_block(part)]
     elif isinstance(part, go.Figure):
-        return "Figure", [_figure(part, ours=False)]
+        return "Figure", [figure_block(part, ours=False)]
     else:
         makers: dict[type, Callable[[Any], tuple[str, list[Block]]]] = {
             ActivationStats: _recording,
             SteeringScores: _steering,
             PerplexityMatrix: _perplexity,
             ForcingScores: _forcing,
+            **COMPARISONS,
             Generations: _generations,
             TopTexts: _contexts,
         }
@@ -318,14 +262,15 @@ def _blocks(part: Any, recordings: Sequence[ActivationStats]) -> tuple[str, list
             known = ", ".join(kind.__name__ for kind in (*makers, NeuronSet, pd.DataFrame, go.Figure, str))
             raise DataError(f"a report has no section for a {type(part).__name__}; give one of {known}.")
         heading, blocks = makers[type(part)](part)
-    return heading, [_text(_ABOUT[type(part)]), *blocks]
+    about = [text_block(_ABOUT[type(part)])] if type(part) in _ABOUT else []
+    return heading, [*about, *blocks]
 
 
 def _recording(stats: ActivationStats) -> tuple[str, list[Block]]:
     layers = sorted({0, stats.n_layers // 2, stats.n_layers - 1})
     size = f"{stats.n_layers} layers of {stats.n_neurons:,} neurons, site {stats.site}"
-    blocks = [_table(stats.to_frame(), f"Recorded: {size}")]
-    return "Recording", [*blocks, *(_figure(figures.activation_probability(stats, layer)) for layer in layers)]
+    blocks = [table_block(stats.to_frame(), f"Recorded: {size}")]
+    return "Recording", [*blocks, *(figure_block(figures.activation_probability(stats, layer)) for layer in layers)]
 
 
 def _neurons(neurons: NeuronSet, recordings: Sequence[ActivationStats]) -> tuple[str, list[Block]]:
@@ -333,51 +278,53 @@ def _neurons(neurons: NeuronSet, recordings: Sequence[ActivationStats]) -> tuple
     name = str(method.pop("name", "unknown"))
     known = list_methods()["reference"]
     about = f"Method: {name}" + (f" ({known[name]})" if name in known.index else "")
-    blocks = [_text(f"{about}."), *_notes(neurons.notes)]
-    blocks += [_figure(figures.layer_distribution(neurons)), _table(neurons.summary(), "Neurons by language")]
-    blocks += [_figure(figures.overlap(neurons)), _settings(method, "Settings of the method")]
+    blocks = [text_block(f"{about}."), *note_blocks(neurons.notes)]
+    blocks += [figure_block(figures.layer_distribution(neurons)), table_block(neurons.summary(), "Neurons by language")]
+    if neurons.kinds:
+        blocks.append(figure_block(figures.unit_classes(neurons)))
+    blocks += [figure_block(figures.overlap(neurons)), settings_block(method, "Settings of the method")]
     for stats in recordings:
-        same = (stats.site, (stats.n_layers, stats.n_neurons)) == (neurons.site, neurons.shape)
+        same = {stats.site: (stats.n_layers, stats.n_neurons)} == dict(neurons.sites)
         if same and len(neurons):
-            blocks.append(_figure(figures.neuron_examples(neurons, stats)))
+            blocks.append(figure_block(figures.neuron_examples(neurons, stats)))
             break
     units = neurons.to_frame()
     best = units[units["rank"] < _UNITS].reset_index(drop=True)
     return f"Language neurons: {name}", [
         *blocks,
-        _table(best, f"The best {_UNITS} neurons of each language", folded=True),
+        table_block(best, f"The best {_UNITS} neurons of each language", folded=True),
     ]
 
 
 def _steering(scores: SteeringScores) -> tuple[str, list[Block]]:
     summary = scores.summary()
-    blocks = [*_notes(scores.notes), _table(summary, "Grand means by factor")]
+    blocks = [*note_blocks(scores.notes), table_block(summary, "Grand means by factor")]
     if len(scores.factors) > 1:
-        blocks.insert(-1, _figure(figures.lss_factors(scores, summary=summary)))
+        blocks.insert(-1, figure_block(figures.lss_factors(scores, summary=summary)))
     for factor in scores.factors:
-        blocks.append(_figure(figures.lss(scores, factor, summary=summary)))
+        blocks.append(figure_block(figures.lss(scores, factor, summary=summary)))
     left_out = scores.dropped.drop(columns="base").groupby("target", sort=False).sum()
-    blocks.append(_table(left_out, "Facts scored and left out, summed over base languages", folded=True))
-    return "Language Steering Shift", [*blocks, _settings(scores.settings, "Settings")]
+    blocks.append(table_block(left_out, "Facts scored and left out, summed over base languages", folded=True))
+    return "Language Steering Shift", [*blocks, settings_block(scores.settings, "Settings")]
 
 
 def _perplexity(matrix: PerplexityMatrix) -> tuple[str, list[Block]]:
     summary = matrix.summary()
-    blocks = [*_notes(matrix.notes), _figure(figures.perplexity(matrix, summary=summary))]
-    blocks.append(_table(summary, "Own change in NLL, nats a token, against the largest other"))
+    blocks = [*note_blocks(matrix.notes), figure_block(figures.perplexity(matrix, summary=summary))]
+    blocks.append(table_block(summary, "Own change in NLL, nats a token, against the largest other"))
     baseline = matrix.baseline("perplexity").rename_axis(index="language").to_frame()
-    blocks.append(_table(baseline, "Perplexity with nothing changed", folded=True))
-    return "Perplexity", [*blocks, _settings(matrix.settings, "Settings")]
+    blocks.append(table_block(baseline, "Perplexity with nothing changed", folded=True))
+    return "Perplexity", [*blocks, settings_block(matrix.settings, "Settings")]
 
 
 def _forcing(scores: ForcingScores) -> tuple[str, list[Block]]:
     summary = scores.summary()
-    blocks = [*_notes(scores.notes), _figure(figures.forced_language(scores, summary=summary))]
-    blocks.append(_table(summary, "Share of samples in the language steered to"))
+    blocks = [*note_blocks(scores.notes), figure_block(figures.forced_language(scores, summary=summary))]
+    blocks.append(table_block(summary, "Share of samples in the language steered to"))
     first: Any = scores.texts[(scores.texts["condition"] == "neurons") & (scores.texts["sample"] == 0)]
     shown = first[["language", "guess", "probability", "text"]].reset_index(drop=True)
-    blocks.append(_table(shown, "The first sample of each language", folded=True))
-    return "Language of unprompted text", [*blocks, _settings(scores.settings, "Settings")]
+    blocks.append(table_block(shown, "The first sample of each language", folded=True))
+    return "Language of unprompted text", [*blocks, settings_block(scores.settings, "Settings")]
 
 
 def _generations(generations: Generations) -> tuple[str, list[Block]]:
@@ -390,7 +337,7 @@ def _generations(generations: Generations) -> tuple[str, list[Block]]:
         for (prompt, _), sides in list(groups.items())[:_MOST_PROMPTS]
     ]
     if len(groups) > _MOST_PROMPTS:
-        blocks.append(_text(f"{len(groups) - _MOST_PROMPTS} more are not shown.", "note"))
+        blocks.append(text_block(f"{len(groups) - _MOST_PROMPTS} more are not shown.", "note"))
     return "Generations", blocks
 
 
@@ -401,9 +348,9 @@ def _contexts(top: TopTexts) -> tuple[str, list[Block]]:
     contexts: list[Block] = []
     for row in strongest.to_dict(orient="records"):
         weight = round(0.15 + 0.6 * max(float(row["value"]), 0.0) / most, 2)
-        label = f"{_cell(row['language'], 'language')}, value {row['value']:.3g}"
+        label = f"{cell(row['language'], 'language')}, value {row['value']:.3g}"
         contexts.append({**row, "label": label, "weight": weight})
-    blocks = [_figure(figures.top_texts(top)), _table(top.summary(), "The unit's value by language")]
+    blocks = [figure_block(figures.top_texts(top)), table_block(top.summary(), "The unit's value by language")]
     return f"Unit L{top.layer}.N{top.index}", [*blocks, {"kind": "contexts", "contexts": contexts}]
 
 
@@ -415,7 +362,7 @@ def _provenance(parts: Sequence[Part]) -> pd.DataFrame | None:
         origin = getattr(part, "provenance", None)
         if not isinstance(origin, Provenance):
             continue
-        values = {name: _words(value) for name, value in origin.to_dict().items()}
+        values = {name: words(value) for name, value in origin.to_dict().items()}
         if values not in origins:
             origins.append(values)
             names.append([])
@@ -426,4 +373,4 @@ def _provenance(parts: Sequence[Part]) -> pd.DataFrame | None:
     columns = {f"{number}: {', '.join(kinds)}": values for number, (kinds, values) in enumerate(zip(names, origins), 1)}
     if not columns:
         return None
-    return pd.DataFrame(columns).rename_axis(index="field").replace("", _ABSENT)
+    return pd.DataFrame(columns).rename_axis(index="field").replace("", ABSENT)

@@ -10,6 +10,7 @@ import torch
 
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.collecting import PartialSums
+from lens_neurons.evaluation.causal import CausalRanking
 from lens_neurons.evaluation.contexts import TopTexts
 from lens_neurons.evaluation.forcing import ForcingScores
 from lens_neurons.evaluation.lss import SteeringScores
@@ -18,6 +19,7 @@ from lens_neurons.evaluation.tables import NEURONS, NONE, control_label, tidy
 from lens_neurons.generation import Generation, Generations
 from lens_neurons.languages import DEMO_LANGUAGES
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.split_halves import Stability
 from lens_neurons.storage import Provenance
 
 PROVENANCE = Provenance(
@@ -226,3 +228,98 @@ def make_partial(values: np.ndarray, positions: list[int] | None = None, seed: i
         rows=torch.from_numpy(rows).float(),
     )
     return dataclasses.replace(parts, **changes)
+
+
+@cache
+def make_methods(languages: Sequence[str] = DEMO_LANGUAGES) -> dict[str, NeuronSet]:
+    """Return sets of five methods: two that agree, one that agrees in part, one from attention too, one at random."""
+    draw = np.random.default_rng(6)
+    first = make_neurons(languages)
+    size, sites = 6 * 256, {"gate_act": (6, 256)}
+    every = {code: first.flat(code).numpy() for code in languages}
+
+    def mixed(share: float, seed: int) -> dict[str, torch.Tensor]:
+        other = np.random.default_rng(seed)
+        made = {}
+        for code, units in every.items():
+            kept = units[other.random(len(units)) < share]
+            free = np.setdiff1d(np.arange(size), kept)
+            made[code] = torch.from_numpy(np.concatenate([kept, other.choice(free, round((1 - share) * 40))]))
+            made[code] = made[code].unique()
+        return made
+
+    linear = {
+        code: torch.cat([units, size + torch.arange(int(draw.integers(3, 9)))]) for code, units in mixed(0.5, 8).items()
+    }
+    with_attention = {"gate_pre": (6, 256), "q": (6, 32)}
+    return {
+        "lape": first,
+        "fixed_count": NeuronSet.from_units(mixed(0.9, 7), sites=sites, method={"name": "fixed_count"}),
+        "average_precision": NeuronSet.from_units(linear, sites=with_attention, method={"name": "average_precision"}),
+        "mean_difference": NeuronSet.from_units(mixed(0.2, 9), sites=sites, method={"name": "mean_difference"}),
+        "random_matched": NeuronSet.from_units(mixed(0.0, 10), sites=sites, method={"name": "random_matched"}),
+    }
+
+
+@cache
+def make_kinds() -> NeuronSet:
+    """Return a set of two languages with units of three kinds: general in the middle, specific at the ends."""
+    draw = np.random.default_rng(11)
+    layers, weight = 8, {"specific": [6, 3, 1, 1, 1, 2, 4, 8], "related": [3] * 8, "general": [1, 3, 6, 8, 8, 6, 3, 1]}
+    kinds, free = {}, torch.ones(layers, 100, dtype=torch.bool)
+    for kind, counts in weight.items():
+        mask = torch.zeros(layers, 100, dtype=torch.bool)
+        for layer, n in enumerate(counts):
+            there = free[layer].nonzero()[:, 0].numpy()
+            mask[layer, draw.choice(there, 3 * n, replace=False)] = True
+        kinds[kind] = mask
+        free &= ~mask
+    taken = ~free
+    masks = {"en": taken & (torch.rand(layers, 100, generator=torch.Generator().manual_seed(0)) < 0.7), "fr": taken}
+    return NeuronSet.from_masks(masks, kinds=kinds, method={"name": "ternary"})
+
+
+@cache
+def make_stability(languages: Sequence[str] = DEMO_LANGUAGES) -> Stability:
+    """Return agreement that grows with tokens, to 0.5 to 0.9 by language; the last one has no units."""
+    draw = np.random.default_rng(12)
+    rows = []
+    for split in range(10):
+        for fraction in (0.1, 0.2, 0.4, 0.6, 0.8, 1.0):
+            for k, code in enumerate(languages):
+                best = 0.9 - 0.4 * k / len(languages)
+                value = best * (1 - 0.6 * (1 - fraction) ** 2) + 0.02 * draw.standard_normal()
+                known = code != languages[-1]
+                row = {"split": split, "fraction": fraction, "language": code, "texts": 500 * fraction}
+                row |= {"tokens": 20_000 * fraction + 10 * k, "units": 40.0 * known, "shared": 30 * known}
+                rows.append({**row, "jaccard": value if known else np.nan, "chance": 0.02 if known else np.nan})
+    settings = {"method": {"name": "lape", "top_rate": 0.05}, "drawn": "shards", "n_splits": 10, "seed": 0}
+    notes = (f"{languages[-1]} has no unit in any half, so nothing can be said of it.",)
+    return Stability(pd.DataFrame(rows), notes, settings, PROVENANCE)
+
+
+@cache
+def make_ranking(languages: Sequence[str] = ("en", "nl", "fr", "zh", "it")) -> CausalRanking:
+    """Return a ranking of three methods: one that hurts its own language, one that hurts all, one that hurts none."""
+    costs = {"random_matched": (0.05, 0.05), "lape": (0.8, 0.1), "language_activated": (0.9, 0.6)}
+    matrices: dict[str, PerplexityMatrix] = {}
+    for seed, (name, (own, other)) in enumerate(costs.items()):
+        draw = np.random.default_rng(20 + seed)
+        base = 3.0 + np.random.default_rng(13).random((len(languages), N_TEXTS))
+        blocks = []
+        for k, tested in enumerate(languages):
+            shared = {"target": tested, "task": "perplexity", "item": range(N_TEXTS)}
+            blocks.append({**shared, "condition": NONE, "metric": "tokens", "value": np.full(N_TEXTS, 20.0)})
+            blocks.append({**shared, "condition": NONE, "metric": "nll", "value": base[k]})
+            for silenced in languages:
+                for label in (NEURONS, control_label(0), control_label(1)):
+                    cost = 0.04 if label != NEURONS else own if silenced == tested else other
+                    nll = base[k] + cost + 0.3 * draw.standard_normal(N_TEXTS)
+                    blocks.append({**shared, "condition": label, "language": silenced, "metric": "nll", "value": nll})
+        names = list(languages)
+        settings = {"languages": names, "tested": names, "intervention": "silence", "seed": 0}
+        settings |= {"neurons": dict.fromkeys(names, 25), "method": {"name": name}}
+        matrices[name] = PerplexityMatrix(tidy(blocks), (), settings, PROVENANCE)
+    units = {name: dict.fromkeys(languages, 25) for name in matrices}
+    settings = {"languages": list(languages), "seed": 0, "units": units, "size": 25}
+    return CausalRanking(matrices, ("'lape', random-0: a note.",), settings, PROVENANCE)

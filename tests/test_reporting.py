@@ -17,14 +17,19 @@ from results import (
     PROVENANCE,
     make_forcing,
     make_generations,
+    make_kinds,
     make_lss,
+    make_methods,
     make_neurons,
     make_perplexity,
+    make_ranking,
+    make_stability,
     make_stats,
     make_top_texts,
 )
 
 from lens_neurons import figures
+from lens_neurons.compare import compare_methods
 from lens_neurons.errors import DataError, StorageError
 from lens_neurons.generation import Generation, Generations
 from lens_neurons.neurons import NeuronSet
@@ -90,6 +95,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_lss(FEW, n_facts=10),
         make_perplexity(FEW),
         make_forcing(FEW),
+        make_kinds(),
+        compare_methods(make_methods(FEW)),
+        make_stability(FEW),
+        make_ranking(FEW),
         make_generations(),
         make_top_texts(),
         "# In words\n\nA first paragraph.\n\nA second one.",
@@ -109,6 +118,7 @@ def test_a_report_holds_every_part_once(whole: Path):
             "Perplexity",
             "Language of unprompted text",
         ),
+        *("Language neurons: ternary", "Methods compared", "Stability: lape", "Methods by what silencing shows"),
         *("Generations", "Unit L3.N17", "In words", "Bars", "Figure", "References", "Provenance"),
     )
     ids = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
@@ -126,6 +136,7 @@ def test_a_report_holds_every_part_once(whole: Path):
     for part in (
         *("Activation probability in layer 0", "Language neurons by layer", "Overlap", "best neurons", "by factor"),
         *("factor p_max", "factor p_median", "factor =0", "Perplexity", "unprompted text", "Where L3.N17"),
+        *("Kinds of units", "Overlap of methods", "Where methods find", "How stable", "Which method finds"),
     ):
         assert any(part in title for title in titles), part
 
@@ -142,6 +153,20 @@ def test_tables_hold_the_numbers(whole: Path):
     assert f"{row['control']:.3f} [{row['control_low']:.3f}, {row['control_high']:.3f}]" in page.text
     assert "nl\u00a0Dutch" in " ".join(page.words)
     assert "ab" * 32 in page.text  # fingerprint of the weights
+
+
+def test_methods_are_compared_in_numbers(whole: Path):
+    text = Page(whole).text
+    ranking = make_ranking(FEW).summary()
+    row = ranking.loc["lape"]
+    assert text.index("lape 25") < text.index("language_activated 25") < text.index("random_matched 25")
+    for name in ("own", "selectivity", "control_own", "beyond"):
+        assert f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]" in text
+    assert "Note: 'lape', random-0: a note." in text
+    assert "units at q, which not every other set could hold." in text
+    overall = make_stability(FEW).overall().iloc[-1]
+    assert f"{overall['mean']:.3f} [{overall['low']:.3f}, {overall['high']:.3f}]" in text
+    assert "it has no unit in any half" in text
 
 
 def test_a_report_fetches_nothing_and_is_small(whole: Path):
@@ -252,6 +277,7 @@ def test_every_saved_kind_is_loaded(tmp_path: Path):
     saved = [
         *((make_stats(neurons), "a.safetensors"), (neurons, "b"), (make_lss(FEW, n_facts=10), "c.parquet")),
         *((make_perplexity(FEW), "d.jsonl"), (make_forcing(FEW), "e"), (make_top_texts(), "f.json")),
+        *((make_stability(FEW), "g"), (make_ranking(FEW), "h"), (compare_methods(make_methods(FEW)), "i.json")),
     ]
     for part, name in saved:
         part.save(tmp_path / name)

@@ -30,6 +30,7 @@ ORDER = (
     "errors",
     "languages",
     "storage",
+    "sharing",
     "table_files",
     "pairs",
     "corpus",
@@ -347,6 +348,10 @@ def public_signatures() -> dict[str, str | dict[str, str]]:
             for entry in ast.parse(MODULES[alias.name].read_text("utf-8")).body:
                 if isinstance(entry, (*FUNCTION, ast.ClassDef)) and not entry.name.startswith("_"):
                     found[f"{alias.name}.{entry.name}"] = described(alias.name, entry.name)
+                # `import name as name` says that the name is public here too.
+                for again in entry.names if isinstance(entry, ast.ImportFrom) else ():
+                    if again.asname == again.name:
+                        found[f"{alias.name}.{again.name}"] = described(alias.name, again.name)
     return dict(sorted(found.items()))
 
 

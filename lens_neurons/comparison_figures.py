@@ -1,0 +1,359 @@
+"""Figures that compare: methods with each other and with chance, a method with itself, classes of units, precision."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from lens_neurons.compare import MethodComparison
+from lens_neurons.errors import DataError
+from lens_neurons.evaluation.causal import CausalRanking
+from lens_neurons.figure_style import (
+    AROUND,
+    ROW,
+    Theme,
+    cells,
+    color_bar,
+    dots,
+    finish,
+    language_names,
+    name_columns,
+    name_rows,
+    plain,
+    similarity_order,
+    style_of,
+)
+from lens_neurons.neurons import NeuronSet
+from lens_neurons.split_halves import Stability
+
+# From here on agreement beyond chance is called such: false discovery rate over the whole table.
+_RATE = 0.05
+
+
+def method_overlap(comparison: MethodComparison, language: str | None = None, theme: Theme = "light") -> go.Figure:
+    """Return a heat map of how far the sets of several methods agree, similar methods side by side.
+
+    Cells hold the Jaccard index, mean over languages unless one is named; the diagonal, grey, the units a language.
+    Hover gives what chance would give, and in how many languages the overlap is beyond it.
+
+    Args:
+        comparison: What `compare_methods` returned.
+        language: One language; None: the mean over all.
+        theme: "light" or "dark".
+    """
+    style = style_of(theme)
+    jaccard = comparison.matrix(language)
+    order = similarity_order(jaccard.fillna(0.0))
+    values = jaccard.loc[order, order].to_numpy(dtype=np.float64)
+    sizes = np.diag(comparison.matrix(language, "shared").loc[order, order].to_numpy(dtype=np.float64))
+    names = [plain(name) for name in order]
+    own = np.eye(len(order), dtype=bool)
+    between = np.where(own, np.nan, values)
+    most = float(np.nanmax(between)) if np.isfinite(between).any() else 1.0
+    scale: dict[str, Any] = {
+        "zmin": 0,
+        "zmax": most or 1.0,
+        "colorscale": style.sequential,
+        "colorbar": color_bar("Jaccard index"),
+    }
+    hover = "%{customdata[0]} and %{customdata[1]}<br>Jaccard index %{z:.3f}<br>%{customdata[2]}"
+    extra = np.array([[_chance(comparison, one, other, language) for other in order] for one in order], dtype=object)
+    fig = go.Figure(cells(between, names, names, hover=hover, text="%{z:.2f}", extra=extra, **scale))
+    diagonal = np.where(own, sizes[:, None], np.nan)
+    hover = "%{customdata[0]}: %{z:,.0f} units a language"
+    fig.add_trace(cells(diagonal, names, names, hover=hover, text="%{z:,.0f}", colorscale=style.grey, showscale=False))
+    where = "mean over languages" if language is None else language_names([language])[0]
+    subtitle = f"Jaccard index, {where}; diagonal: units a language; hover: overlap by chance"
+    finish(fig, style, "Overlap of methods", subtitle, AROUND + ROW * len(order))
+    name_rows(fig, names)
+    name_columns(fig, names)
+    return fig
+
+
+def _chance(comparison: MethodComparison, one: str, other: str, language: str | None) -> str:
+    """Return what hover says of a pair of methods beside their Jaccard index."""
+    rows: Any = comparison.to_frame()
+    rows = rows[rows["method"].isin((one, other)) & rows["other"].isin((one, other))]
+    if language is not None:
+        rows = rows[rows["language"] == language]
+    if one == other or rows.empty:
+        return ""
+    lines = [f"by chance {rows['expected_jaccard'].mean():.3f}, corrected for it {rows['corrected'].mean():.3f}"]
+    for name, meant in (("q", "over all units"), ("q_layers", "within layers")):
+        tested = rows[name].notna()
+        lines.append(
+            f"beyond chance {meant} in {int((rows[name] < _RATE).sum())} of {int(tested.sum())} languages (FDR 5%)"
+        )
+    return "<br>".join(lines)
+
+
+def method_layers(comparison: MethodComparison, language: str | None = None, theme: Theme = "light") -> go.Figure:
+    """Return a heat map of where each method finds its units: share of a method's units by layer.
+
+    Args:
+        comparison: What `compare_methods` returned.
+        language: One language; None: all together.
+        theme: "light" or "dark".
+    """
+    style = style_of(theme)
+    shares = comparison.layer_profiles(language, share=True)
+    counts = comparison.layer_profiles(language)
+    several = len({site for site, _ in shares.index}) > 1
+    columns = [f"{plain(site)} {layer}" if several else str(layer) for site, layer in shares.index]
+    rows = [plain(name) for name in shares.columns]
+    values = shares.to_numpy(dtype=np.float64).T
+    most = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
+    hover = "%{customdata[0]}, layer %{customdata[1]}<br>%{z:.1%} of its units: %{customdata[2]:,d}"
+    scale: dict[str, Any] = {
+        "zmin": 0,
+        "zmax": most,
+        "colorscale": style.sequential,
+        "colorbar": color_bar("share of the method's units", tickformat=".0%"),
+    }
+    text = "%{z:.0%}" if len(columns) <= 16 else ""
+    fig = go.Figure(cells(values, rows, columns, hover=hover, text=text, extra=counts.to_numpy().T, **scale))
+    where = "all languages together" if language is None else language_names([language])[0]
+    subtitle = f"{where}; a neuron of several languages counts once for each"
+    finish(fig, style, "Where methods find their units", subtitle, AROUND - 30 + ROW * len(rows))
+    name_rows(fig, rows)
+    name_columns(fig, columns)
+    return fig.update_xaxes(title_text="site and layer" if several else "layer", tickangle=-45 if several else 0)
+
+
+def stability_curve(found: Stability, theme: Theme = "light") -> go.Figure:
+    """Return how well two independent recordings agree, by their number of tokens.
+
+    The thick line is the mean over languages, its band the middle 95% of random splits; thin lines are languages, and
+    the dotted one is what random sets of the same sizes would give.
+
+    Args:
+        found: What `stability` returned.
+        theme: "light" or "dark".
+    """
+    style = style_of(theme)
+    unit = "texts" if found.settings["drawn"] == "texts" else "tokens"
+    overall, curve = found.overall(), found.curve()
+    fig = go.Figure()
+    names = dict(zip(found.languages, language_names(found.languages)))
+    for number, code in enumerate(found.languages):
+        rows: Any = curve[curve["language"] == code]
+        custom = np.stack([rows["low"], rows["high"], rows["units"]], axis=1)
+        fig.add_scatter(
+            x=rows[unit],
+            y=rows["mean"],
+            mode="lines",
+            name="languages",
+            legendgroup="languages",
+            showlegend=number == 0,
+            line={"color": style.faint, "width": 1},
+            opacity=0.5,
+            customdata=custom,
+            hovertemplate=(
+                f"{names[code]}, %{{x:,.0f}} {unit}<br>%{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
+                "<br>%{customdata[2]:,.1f} units<extra></extra>"
+            ),
+        )
+    band = {"mode": "lines", "line": {"width": 0, "color": style.accent}, "showlegend": False, "hoverinfo": "skip"}
+    fig.add_scatter(x=overall[unit], y=overall["low"], **band)
+    fig.add_scatter(x=overall[unit], y=overall["high"], fill="tonexty", fillcolor=style.accent, opacity=0.2, **band)
+    fig.add_scatter(
+        x=overall[unit],
+        y=overall["chance"],
+        mode="lines",
+        name="random units",
+        line={"color": style.control, "width": 1.5, "dash": "dot"},
+        hovertemplate="by chance %{y:.3f}<extra></extra>",
+    )
+    fig.add_scatter(
+        x=overall[unit],
+        y=overall["mean"],
+        mode="lines+markers",
+        name="mean over languages",
+        line={"color": style.accent, "width": 3},
+        marker={"size": 8},
+        customdata=np.stack([overall["low"], overall["high"]], axis=1),
+        hovertemplate=(
+            f"mean over languages, %{{x:,.0f}} {unit}<br>%{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"
+            "<extra></extra>"
+        ),
+    )
+    method = dict(found.settings["method"])
+    name = plain(method.pop("name"))
+    settings = ", ".join(f"{key} {value}" for key, value in method.items())
+    last: Any = overall.iloc[-1]
+    subtitle = (
+        f"two halves without a common text, {found.settings['n_splits']} random splits of {found.settings['drawn']}; "
+        f"at {last[unit]:,.0f} {unit} a language {last['mean']:.2f} [{last['low']:.2f}, {last['high']:.2f}]"
+    )
+    if settings:
+        subtitle += f"; {plain(settings)}"
+    finish(fig, style, f"How stable the units of {name} are", subtitle, 480, below_title=28)
+    fig.update_xaxes(title_text=f"{unit} a language in each half", type="log", tickformat="~s", dtick="D2")
+    fig.update_yaxes(title_text="Jaccard index of the two sets", range=[-0.02, 1.02])
+    return fig.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
+
+
+def unit_classes(neurons: NeuronSet, theme: Theme = "light") -> go.Figure:
+    """Return stacked bars: how many units of each kind every layer holds.
+
+    A unit counts once for each of its kinds, in however many languages it is.
+
+    Args:
+        neurons: A set whose method tells kinds of units apart.
+        theme: "light" or "dark".
+
+    Raises:
+        DataError: It does not.
+    """
+    style = style_of(theme)
+    if not neurons.kinds:
+        name = neurons.method.get("name", "?")
+        raise DataError(f"the set of '{name}' has no kinds of units; use one of a method such as 'ternary'.")
+    units = neurons.to_frame().drop_duplicates(["site", "layer", "neuron", "kind"])
+    n_layers = max(layers for layers, _ in neurons.sites.values())
+    per_layer = sum(width for _, width in neurons.sites.values())
+    fig = go.Figure()
+    for number, kind in enumerate(neurons.kinds):
+        own: Any = units[units["kind"] == kind]
+        counts = np.bincount(own["layer"].to_numpy(dtype=np.int64), minlength=n_layers)
+        fig.add_bar(
+            x=np.arange(n_layers),
+            y=counts,
+            name=f"{plain(kind)} ({len(own):,})",
+            marker=style.bar(number),
+            customdata=counts / per_layer,
+            hovertemplate="layer %{x}: %{y:,} units, %{customdata:.1%} of the layer",
+        )
+    subtitle = (
+        f"method {plain(neurons.method.get('name', '?'))}; {len(neurons):,} of {neurons.n_units:,} units "
+        f"({len(neurons) / neurons.n_units:.1%}), site {plain('+'.join(neurons.sites))}"
+    )
+    finish(fig, style, "Kinds of units by layer", subtitle, 460)
+    fig.update_layout(barmode="stack", bargap=0.18, legend_traceorder="reversed")
+    fig.update_xaxes(title_text="layer", range=[-0.5, n_layers - 0.5], showgrid=False, dtick=max(1, n_layers // 16))
+    return fig.update_yaxes(title_text="units", tickformat=",d", rangemode="tozero")
+
+
+def average_precision(
+    scores: Float[Tensor, "language unit"],
+    languages: Sequence[str],
+    texts: Mapping[str, int] | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Return histograms of average precision: for every language, how many units tell its texts how well.
+
+    Shades are logarithmic, so that the few units at the ends show. Where the numbers of texts are known a line marks
+    the average precision of a unit that knows nothing: the language's share of the texts.
+
+    Args:
+        scores: Average precision of every unit for every language, such as `average_precision_table` gives.
+        languages: The languages, in the order of the rows.
+        texts: Number of texts of each language.
+        theme: "light" or "dark".
+
+    Raises:
+        DataError: Another number of rows than of languages, or a value outside 0 to 1.
+    """
+    style = style_of(theme)
+    values = scores.detach().cpu().numpy().astype(np.float64)
+    if len(languages) != len(values):
+        raise DataError(f"there are {len(values)} rows of scores and {len(languages)} languages; give one name a row.")
+    if not ((values >= 0) & (values <= 1 + 1e-9)).all():
+        raise DataError("average precisions are between 0 and 1, and some of these are not; give those of a method.")
+    edges = np.linspace(0, 1, 51)
+    counts = np.stack([np.histogram(np.minimum(row, 1.0), edges)[0] for row in values])
+    names = language_names(languages)
+    bins = [f"{low:.2f} to {high:.2f}" for low, high in itertools.pairwise(edges)]
+    powers = np.arange(int(np.ceil(np.log10(max(counts.max(), 1)))) + 1)
+    ticks = {"tickvals": list(powers), "ticktext": [f"{10**power:,}" for power in powers.tolist()]}
+    scale: dict[str, Any] = {
+        "zmin": 0,
+        "zmax": max(float(np.log10(max(counts.max(), 1))), 1.0),
+        "colorscale": style.sequential,
+        "colorbar": color_bar("units", **ticks),
+        "x": (edges[:-1] + edges[1:]) / 2,
+        "xgap": 0,
+    }
+    shades = np.where(counts > 0, np.log10(np.maximum(counts, 1)), np.nan)
+    hover = "%{customdata[0]}: %{customdata[2]:,d} units with %{customdata[1]}"
+    fig = go.Figure(cells(shades, names, bins, hover=hover, extra=counts, **scale))
+    best = values.max(axis=1)
+    marks = {"mode": "markers", "y": np.arange(len(names)), "customdata": names}
+    fig.add_scatter(
+        x=best,
+        **marks,
+        name="best unit",
+        marker={"symbol": "line-ns-open", "size": 13, "color": style.accent, "line": {"width": 2}},
+        hovertemplate="%{customdata}: best unit %{x:.3f}<extra></extra>",
+    )
+    if texts is not None:
+        total = sum(texts[code] for code in languages)
+        fig.add_scatter(
+            x=[texts[code] / total for code in languages],
+            **marks,
+            name="knows nothing",
+            marker={"symbol": "line-ns-open", "size": 13, "color": style.control, "line": {"width": 2}},
+            hovertemplate="%{customdata}: a unit that knows nothing %{x:.3f}<extra></extra>",
+        )
+    subtitle = f"{values.shape[1]:,} units; each language's texts against those of all others"
+    finish(fig, style, "How well single units tell a language", subtitle, 190 + 22 * len(names), below_title=28)
+    name_rows(fig, names)
+    fig.update_xaxes(title_text="average precision", range=[0, 1.01], showgrid=False)
+    return fig.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
+
+
+def causal_ranking(ranking: CausalRanking, theme: Theme = "light", *, summary: pd.DataFrame | None = None) -> go.Figure:
+    """Return what silencing each method's units costs: its own language and the others, and the difference.
+
+    Methods stand by selectivity, the best on top; random units of the same layers stand beside them.
+
+    Args:
+        ranking: What `lens_neurons.causal_ranking` returned.
+        theme: "light" or "dark".
+        summary: `ranking.summary()` where it is at hand already.
+    """
+    style = style_of(theme)
+    table: Any = ranking.summary() if summary is None else summary
+    names = [plain(name) for name in table.index]
+    fig = make_subplots(cols=2, shared_yaxes=True, column_widths=[0.58, 0.42], horizontal_spacing=0.03)
+    panels = (
+        (1, "control_own", "random units, own language", style.control, "diamond-open"),
+        (1, "other", "other languages", style.accent, "circle-open"),
+        (1, "own", "own language", style.accent, "circle"),
+        (2, "control_selectivity", "random units", style.control, "diamond-open"),
+        (2, "selectivity", "the method's units", style.accent, "circle"),
+    )
+    for column, name, label, colour, symbol in panels:
+        if table[name].isna().all():
+            continue
+        ends = (table[f"{name}_low"], table[f"{name}_high"])
+        trace = dots(names, table[name], ends, label=label, colour=colour, symbol=symbol)
+        # The second panel's marks mean what the first one's do. Random units stand a little lower, to be seen.
+        lower = 0.22 if name.startswith("control") else 0.0
+        trace.update(showlegend=column == 1, y=np.arange(len(names)) + lower)
+        fig.add_trace(trace, row=1, col=column)
+    fig.add_vline(x=0, line={"color": style.faint, "dash": "dot", "width": 1})
+    subtitle = (
+        f"{_units(table)} of one language silenced, mean over {len(ranking.languages)} languages; bars: 95% intervals, "
+        "texts resampled"
+    )
+    height = 190 + 34 * len(names)
+    finish(fig, style, "Which method finds the units that a language needs", subtitle, height, below_title=28)
+    name_rows(fig, names)
+    fig.update_xaxes(title_text="change in NLL (nats a token)", col=1)
+    fig.update_xaxes(title_text="own minus other languages", col=2)
+    return fig.update_layout(
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "traceorder": "reversed"}
+    )
+
+
+def _units(table: pd.DataFrame) -> str:
+    sizes = table["size"].to_numpy(dtype=np.float64)
+    low, high = sizes.min(), sizes.max()
+    return f"{high:,.0f} units" if round(low) == round(high) else f"{low:,.0f} to {high:,.0f} units"

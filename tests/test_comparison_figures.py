@@ -1,0 +1,233 @@
+"""Figures that compare: their numbers against the results they show, labels, themes, bad input."""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+from oracle import sentence
+from results import make_kinds, make_methods, make_neurons, make_ranking, make_stability
+
+from lens_neurons import figures
+from lens_neurons.compare import MethodComparison, compare_methods
+from lens_neurons.errors import DataError
+from lens_neurons.figure_style import dark_colours
+from lens_neurons.languages import LANGUAGES
+from lens_neurons.neurons import NeuronSet
+
+FEW = ("en", "nl", "fr", "zh", "it")
+
+
+@pytest.fixture(scope="module")
+def comparison() -> MethodComparison:
+    return compare_methods(make_methods(FEW))
+
+
+def precision(seed: int = 0) -> torch.Tensor:
+    """Return average precisions of 300 units, most of which know nothing."""
+    return torch.from_numpy(np.random.default_rng(seed).beta(2, 8, (5, 300)))
+
+
+MAKERS: dict[str, Callable[[str], go.Figure]] = {
+    "method_overlap": lambda theme: figures.method_overlap(compare_methods(make_methods(FEW)), theme=theme),
+    "method_layers": lambda theme: figures.method_layers(compare_methods(make_methods(FEW)), theme=theme),
+    "stability_curve": lambda theme: figures.stability_curve(make_stability(FEW), theme=theme),
+    "unit_classes": lambda theme: figures.unit_classes(make_kinds(), theme=theme),
+    "average_precision": lambda theme: figures.average_precision(precision(), FEW, dict.fromkeys(FEW, 20), theme=theme),
+    "causal_ranking": lambda theme: figures.causal_ranking(make_ranking(), theme=theme),
+}
+
+
+def subtitle(fig: go.Figure) -> str:
+    return fig.layout.title.subtitle.text.replace("<br>", " ")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_dark_is_light_in_other_colours(name: str):
+    light, dark = (json.loads(MAKERS[name](theme).to_json()) for theme in ("light", "dark"))
+    assert light != dark
+    other = dark_colours()
+
+    def exchanged(value):
+        if isinstance(value, dict):
+            return {key: exchanged(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [exchanged(part) for part in value]
+        return other.get(value, value) if isinstance(value, str) else value
+
+    assert exchanged(light) == dark
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_figure_has_titles_and_fits_its_place(name: str):
+    fig = MAKERS[name]("light")
+    assert fig.layout.title.text
+    assert subtitle(fig)
+    assert fig.layout.width is None
+    assert fig.layout.autosize is True
+    assert fig.layout.height >= 200
+
+
+@pytest.mark.parametrize("language", [None, "fr"])
+def test_method_overlap_shows_the_matrix_and_chance(comparison: MethodComparison, language: str | None):
+    fig = figures.method_overlap(comparison, language)
+    names = list(fig.layout.yaxis.ticktext)
+    assert names == list(fig.layout.xaxis.ticktext)
+    between, own = (np.asarray(trace.z, dtype=float) for trace in fig.data)
+    matrix, sizes = comparison.matrix(language), comparison.matrix(language, "shared")
+    table = comparison.to_frame()
+    for i, one in enumerate(names):
+        assert own[i, i] == sizes.loc[one, one]
+        for k, other in enumerate(names):
+            if i == k:
+                assert np.isnan(between[i, k])
+                continue
+            assert between[i, k] == pytest.approx(matrix.loc[one, other])
+            rows = table[table["method"].isin([one, other]) & table["other"].isin([one, other])]
+            rows = rows if language is None else rows[rows["language"] == language]
+            said = fig.data[0].customdata[i][k][2]
+            assert f"by chance {rows['expected_jaccard'].mean():.3f}" in said
+            assert f"corrected for it {rows['corrected'].mean():.3f}" in said
+            found, tested = (rows["q"] < 0.05).sum(), rows["q"].notna().sum()
+            assert f"over all units in {found} of {tested} languages" in said
+            found = (rows["q_layers"] < 0.05).sum()
+            assert f"within layers in {found} of {tested} languages" in said
+    assert ("French" if language else "mean over languages") in subtitle(fig)
+    # The two that were made alike stand together.
+    assert abs(names.index("lape") - names.index("fixed_count")) == 1
+
+
+def test_method_layers_shows_shares(comparison: MethodComparison):
+    fig = figures.method_layers(comparison, "fr")
+    values = np.asarray(fig.data[0].z, dtype=float)
+    expected = comparison.layer_profiles("fr", share=True)
+    assert list(fig.layout.yaxis.ticktext) == list(comparison.methods)
+    assert list(fig.layout.xaxis.ticktext) == [f"{site} {layer}" for site, layer in expected.index]
+    assert values == pytest.approx(expected.to_numpy().T, nan_ok=True)
+    row = list(comparison.methods).index("average_precision")
+    assert values[row].sum() == pytest.approx(1.0)
+    counted = [
+        int(cell[2]) if np.isfinite(value) else 0 for cell, value in zip(fig.data[0].customdata[row], values[row])
+    ]
+    assert counted == comparison.layer_profiles("fr")["average_precision"].tolist()
+
+
+def test_one_site_needs_no_name():
+    sets = {name: make_methods(FEW)[name] for name in ("lape", "fixed_count")}
+    fig = figures.method_layers(compare_methods(sets))
+    assert list(fig.layout.xaxis.ticktext) == list("012345")
+
+
+def test_stability_curve_shows_mean_band_languages_and_chance():
+    found = make_stability(FEW)
+    fig = figures.stability_curve(found)
+    named = {trace.name: trace for trace in fig.data if trace.name}
+    overall = found.overall()
+    mean = named["mean over languages"]
+    assert list(mean.x) == pytest.approx(overall["tokens"].tolist())
+    assert list(mean.y) == pytest.approx(overall["mean"].tolist())
+    assert list(named["random units"].y) == pytest.approx(overall["chance"].tolist())
+    low, high = fig.data[len(FEW)], fig.data[len(FEW) + 1]
+    assert (list(low.y), list(high.y)) == (overall["low"].tolist(), overall["high"].tolist())
+    languages = fig.data[: len(FEW)]
+    curve = found.curve().set_index("language")
+    for code, trace in zip(FEW, languages):
+        assert list(trace.y) == pytest.approx(curve.loc[code, "mean"].tolist(), nan_ok=True)
+        assert LANGUAGES[code].name in trace.hovertemplate
+    assert sum(bool(trace.showlegend) for trace in languages) == 1
+    assert f"{overall['mean'].iloc[-1]:.2f} [" in subtitle(fig)
+    assert "top_rate 0.05" in subtitle(fig)
+    assert "tokens" in fig.layout.xaxis.title.text
+
+
+def test_unit_classes_count_units_once():
+    neurons = make_kinds()
+    fig = figures.unit_classes(neurons)
+    kinds = {bar.name.split(" (")[0]: bar for bar in fig.data}
+    assert set(kinds) == {"specific", "related", "general"}
+    for kind, bar in kinds.items():
+        mask = neurons.of_kind(kind).union_mask()
+        assert list(bar.y) == mask.sum(dim=1).tolist()
+        assert list(bar.customdata) == pytest.approx((mask.sum(dim=1) / 100).tolist())
+        assert bar.name == f"{kind} ({int(mask.sum())})"
+    assert len(neurons) == sum(sum(bar.y) for bar in fig.data)
+
+
+def test_unit_classes_need_kinds():
+    with pytest.raises(DataError) as caught:
+        figures.unit_classes(make_neurons(FEW))
+    sentence(caught.value)
+    assert "'lape' has no kinds" in str(caught.value)
+
+
+def test_average_precision_counts_units():
+    scores = precision()
+    scores[2, :4] = torch.tensor([1.0, 0.0, 0.02, 0.019999])
+    texts = {code: 10 * (k + 1) for k, code in enumerate(FEW)}
+    fig = figures.average_precision(scores, FEW, texts)
+    heat, best, nothing = fig.data
+    counts = np.array([[cell[2] for cell in row] for row in heat.customdata])
+    assert counts.sum(axis=1).tolist() == [300] * 5
+    for k, row in enumerate(scores.numpy()):
+        for place in range(50):
+            inside = (row >= place / 50) & ((row < (place + 1) / 50) | (place == 49))
+            # An edge is not an exact number.
+            assert abs(counts[k, place] - inside.sum()) <= 1
+    shades = np.asarray(heat.z, dtype=float)
+    assert np.isnan(shades[counts == 0]).all()
+    assert 10 ** shades[counts > 0] == pytest.approx(counts[counts > 0])
+    assert list(best.x) == pytest.approx(scores.amax(dim=1).tolist())
+    assert list(nothing.x) == pytest.approx([n / 150 for n in texts.values()])
+    assert len(figures.average_precision(scores, FEW).data) == 2
+
+
+def test_average_precision_of_something_else():
+    for scores, languages, words in (
+        (precision(), FEW[:3], "3 languages"),
+        (precision() * 9, FEW, "between 0 and 1"),
+        (precision() * float("nan"), FEW, "between 0 and 1"),
+    ):
+        with pytest.raises(DataError) as caught:
+            figures.average_precision(scores, languages)
+        sentence(caught.value)
+        assert words in str(caught.value)
+
+
+def test_causal_ranking_shows_the_table():
+    ranking = make_ranking()
+    table = ranking.summary()
+    fig = figures.causal_ranking(ranking, summary=table)
+    assert list(fig.layout.yaxis.ticktext) == ["lape", "language_activated", "random_matched"] == list(table.index)
+    expected = ("control_own", "other", "own", "control_selectivity", "selectivity")
+    for name, trace in zip(expected, fig.data, strict=True):
+        assert list(trace.x) == pytest.approx(table[name].tolist())
+        assert list(trace.x + trace.error_x.array) == pytest.approx(table[f"{name}_high"].tolist())
+        assert list(trace.x - trace.error_x.arrayminus) == pytest.approx(table[f"{name}_low"].tolist())
+    assert "25 units of one language silenced" in subtitle(fig)
+    assert [trace.showlegend for trace in fig.data] == [True, True, True, False, False]
+
+
+def test_a_ranking_without_random_units_shows_none():
+    table = make_ranking().summary()
+    controls = [name for name in table.columns if name.startswith(("control", "beyond"))]
+    table[controls] = np.nan
+    assert len(figures.causal_ranking(make_ranking(), summary=table).data) == 3
+
+
+def test_names_are_no_markup():
+    masks = {"en": torch.ones(1, 2, dtype=torch.bool)}
+    sets = {name: NeuronSet.from_masks(masks, method={"name": name}) for name in ("<b>a</b>", "b&c")}
+    fig = figures.method_overlap(compare_methods(sets))
+    assert set(fig.layout.yaxis.ticktext) == {"&lt;b&gt;a&lt;/b&gt;", "b&amp;c"}
+    kinds = NeuronSet.from_masks(masks, kinds={"<i>": masks["en"]}, method={"name": "<u>"})
+    assert figures.unit_classes(kinds).data[0].name == "&lt;i&gt; (2)"
+    assert "<u>" not in subtitle(figures.unit_classes(kinds))
+
+
+def test_layer_distribution_of_several_sites():
+    fig = figures.layer_distribution(make_methods(FEW)["average_precision"])
+    counts = make_methods(FEW)["average_precision"].by_layer()
+    assert [int(sum(bar.y)) for bar in fig.data] == counts.sum().tolist()
+    assert "gate_pre+q" in subtitle(fig)
