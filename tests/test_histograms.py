@@ -188,13 +188,18 @@ def test_recorded_counts_are_those_of_cached_values(corpus, arch, site):
     assert (made.histograms.provenance.site, made.histograms.provenance.d_mlp) == (site, width)
 
 
-def test_blocks_change_nothing(corpus, monkeypatch):
-    collect = Collect(histograms=FEW)
-    whole = record(load(), corpus, collect=collect, **SMALL).histograms
+@pytest.mark.parametrize("own_range", [False, True])
+def test_blocks_change_nothing(corpus, monkeypatch, own_range):
+    settings = {**SMALL, "bos": "always"}
+    bins = NeuronBins.around(record(load(), corpus, **settings), n=12) if own_range else FEW
+    collect = Collect(histograms=bins)
+    whole = record(load(), corpus, collect=collect, **settings).histograms
     monkeypatch.setattr("lens_neurons.histograms._BLOCK", {"cpu": (64, 7)})
-    assert_equal(record(load(), corpus, collect=collect, **SMALL).histograms, whole)
-    slow = record(load(), corpus, collect=collect, fast=False, **SMALL).histograms
+    assert_equal(record(load(), corpus, collect=collect, **settings).histograms, whole)
+    slow = record(load(), corpus, collect=collect, fast=False, **settings).histograms
     assert_equal(slow, whole)
+    values = torch.from_numpy(cached_values("llama", "gate_act", TEXTS["fr"]))
+    assert_equal(Histograms.from_values({"fr": values}, bins=bins, provenance=whole.provenance), whole.select(["fr"]))
 
 
 def test_shards_batches_and_padding_change_nothing(corpus):
