@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from lens_neurons.collecting import SUMS, PartialSums
 from lens_neurons.errors import DataError, ProvenanceError, SettingError, StorageError
 from lens_neurons.languages import canonical
+from lens_neurons.sharing import CardFacts, Shareable
 from lens_neurons.storage import (
     SCHEMA,
     Provenance,
@@ -35,7 +36,7 @@ _TEXT_STATISTICS = {"p_max": "text_max", "p_median": "text_median", "p_mean": "t
 
 
 @dataclass(frozen=True, eq=False)
-class ActivationStats:
+class ActivationStats(Shareable):
     """Statistics of every neuron's activation in every language: what identification and factors are made from.
 
     Attributes:
@@ -55,6 +56,9 @@ class ActivationStats:
         provenance: Model, tokenizer, policy and corpus.
         notes: Under "languages", by language: corpus fingerprint, texts cut, texts split, text rows kept.
     """
+
+    hub_file: ClassVar[str] = FILE_NAME
+    hub_files: ClassVar[tuple[str, ...]] = (FILE_NAME,)
 
     languages: tuple[str, ...]
     site: str
@@ -344,6 +348,19 @@ class ActivationStats:
                 }
             )
         return pd.DataFrame(rows)
+
+    def card_facts(self) -> CardFacts:
+        """Return what the card on the hub says of the statistics."""
+        return CardFacts(
+            title=f"Activation statistics of {self.provenance.model or 'an unknown model'}",
+            summary=f"Counts and sums of the activation of {self.n_layers} x {self.n_neurons} neurons at {self.site}, "
+            f"on text of {len(self.languages)} languages or other groups: what identification methods read.",
+            variable="stats",
+            languages=self.languages,
+            table=self.to_frame(),
+            provenance=self.provenance,
+            example=('neurons = ln.identify(stats, method="lape")',),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically, with a checksum."""

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.languages import canonical
 from lens_neurons.published import read_lists
+from lens_neurons.sharing import CardFacts, Shareable
 from lens_neurons.storage import SCHEMA, Provenance, load_tensors, require_kind, save_tensors
 from lens_neurons.unit_set import UnitSet
 from lens_neurons.unit_table import UnitTable, draw_like, kinds_by_unit, places
@@ -27,12 +28,15 @@ _MODEL_FIELDS = ("weights", "dtype", "revision", "tokenizer")
 
 
 @dataclass(frozen=True, repr=False)
-class NeuronSet(UnitSet):
+class NeuronSet(UnitSet, Shareable):
     """The units that belong to each language, as an identification method returned them.
 
     Languages are keyed by name; one without units has an empty entry. A unit may belong to several languages. The
-    fields, selection and algebra are those of `UnitSet`.
+    fields, selection and algebra are those of `UnitSet`; `push_to_hub` and `from_hub` those of `Shareable`.
     """
+
+    hub_file: ClassVar[str] = "neurons.safetensors"
+    hub_files: ClassVar[tuple[str, ...]] = ("neurons.safetensors",)
 
     @classmethod
     def from_masks(
@@ -264,6 +268,23 @@ class NeuronSet(UnitSet):
             site = tensors.get(f"{number}.site", torch.zeros_like(layer))
             tables[code] = UnitTable(layer, index, score, site, tensors.get(f"{number}.kind"))
         return with_header(tables, header)
+
+    def card_facts(self) -> CardFacts:
+        """Return what the card on the hub says of the set."""
+        name = str(self.method.get("name", "unknown"))
+        where = ", ".join(f"{site} ({layers} x {width})" for site, (layers, width) in self.sites.items())
+        return CardFacts(
+            title=f"Language-specific neurons of {self.provenance.model or 'an unknown model'} ({name})",
+            summary=f"{len(self)} of {self.n_units} units at {where}, found by the method '{name}' for "
+            f"{len(self.languages)} languages or other groups.",
+            variable="neurons",
+            languages=self.languages,
+            table=self.summary().reset_index(),
+            provenance=self.provenance,
+            settings={"Method" if key == "name" else f"Setting: {key}": value for key, value in self.method.items()},
+            notes=self.notes,
+            example=("print(neurons.to_frame())", "print(ln.cite(neurons))  # the paper of the method"),
+        )
 
     @classmethod
     def from_published(

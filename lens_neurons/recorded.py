@@ -4,14 +4,17 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
+
+import pandas as pd
 
 from lens_neurons.activation_stats import FILE_NAME, ActivationStats
 from lens_neurons.errors import DataError, StorageError
 from lens_neurons.features import FeatureStats
 from lens_neurons.histograms import Histograms
 from lens_neurons.responses import ROWS_KIND, Rows, TextResponses, mapped_rows
+from lens_neurons.sharing import CardFacts, Shareable
 from lens_neurons.storage import SCHEMA, Provenance, load_json, load_tensors, save_json, save_tensors
 
 # Parts whose rows of texts stay in files of their own, and those that are one file.
@@ -20,7 +23,7 @@ _TABLES: dict[str, Any] = {"histograms": Histograms, "features": FeatureStats}
 
 
 @dataclass(frozen=True, eq=False)
-class Recording:
+class Recording(Shareable):
     """What was recorded in one pass; a part that was not is None.
 
     Attributes:
@@ -30,6 +33,13 @@ class Recording:
         histograms: Distribution of every neuron's values.
         features: Counts of the latents of sparse autoencoders.
     """
+
+    hub_files: ClassVar[tuple[str, ...]] = (
+        FILE_NAME,
+        *(f"{name}.safetensors" for name in _TABLES),
+        *(f"{name}.json" for name in ROW_PARTS),
+        *(f"{name}/*.safetensors" for name in ROW_PARTS),
+    )
 
     stats: ActivationStats | None = None
     responses: TextResponses | None = None
@@ -103,6 +113,25 @@ class Recording:
                 )
         merged = {name: value.merge(*(other.parts[name] for other in others)) for name, value in self.parts.items()}
         return replace(self, **merged)
+
+    def card_facts(self) -> CardFacts:
+        """Return what the card on the hub says of the recording."""
+        shown = {f"Recorded: {name}": repr(value) for name, value in self.parts.items()}
+        table = pd.DataFrame({"language": self.languages}) if self.stats is None else self.stats.to_frame()
+        rows = {name: part.counts() for name in ROW_PARTS if (part := self.parts.get(name)) is not None}
+        for name, counts in rows.items():
+            table[f"texts with {name}"] = [counts[code] for code in table["language"]]
+        return CardFacts(
+            title=f"Recording of {self.provenance.model or 'an unknown model'}",
+            summary=f"What one pass over text of {len(self.languages)} languages or other groups recorded "
+            f"({', '.join(self.parts)}): every identification method reads from it, without the model.",
+            variable="recording",
+            languages=self.languages,
+            table=table,
+            provenance=self.provenance,
+            settings=shown,
+            example=("ln.list_methods()  # what each needs", "neurons = ln.identify(recording)"),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that `load` reads: one file a part, and one a language for rows of texts."""
