@@ -53,7 +53,8 @@ class Rows:
             return self.values[:, start:stop]
         try:
             with safe_open(self.values, framework="pt") as stream:
-                return stream.get_slice("rows")[:, start:stop]
+                # A copy, for a slice keeps its file mapped: with those of many files at once, most of them in memory.
+                return stream.get_slice("rows")[:, start:stop].clone()
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{self.values} cannot be read ({error}); record or download it again.") from None
 

@@ -7,16 +7,18 @@ from sklearn.metrics import average_precision_score
 
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.methods import average_precision as module
-from lens_neurons.methods import cite, list_methods, ranking
+from lens_neurons.methods import cite, collect_for, identify, list_methods, ranking
 from lens_neurons.methods.average_precision import average_precision, average_precision_table
 from lens_neurons.methods.average_precision_threshold import average_precision_threshold
 from lens_neurons.methods.ranking import average_precisions
-from lens_neurons.responses import TextResponses
+from lens_neurons.responses import ROWS_KIND, TextResponses, mapped_rows
+from lens_neurons.storage import save_tensors
 
 LANGUAGES = ("en", "fr", "sw")
 TEXTS = (9, 14, 6)
 SITES = {"gate_pre": (2, 5), "q": (2, 4), "mlp_out": (1, 3)}
 N_UNITS = 10 + 8 + 3
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SPECIAL = (0.0, -0.0, 1e-40, -1e-40, 3.4e38, -3.4e38, 1.0, 1 + 2**-23, -1.0, -1 - 2**-23)
 
 
@@ -113,14 +115,14 @@ def test_is_the_same_to_the_last_bit_on_every_path(kind, monkeypatch):
     assert torch.equal(average_precisions(values, labels, 4), found)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_is_the_same_to_the_last_bit_on_a_graphics_card(dtype):
+def test_is_the_same_to_the_last_bit_on_every_device(dtype, device):
     rng = np.random.default_rng(1)
     labels = make_labels(rng, [50, 40, 30, 80])
-    values = make_values(rng, "float16", 200, 31).to(dtype)
-    found = average_precisions(values.cuda(), labels, 4)
-    assert found.is_cuda
+    values = make_values(rng, "float16", 200, 31)
+    found = average_precisions(values.to(device, dtype), labels, 4)
+    assert found.device.type == device
     assert torch.equal(found.cpu(), average_precisions(values, labels, 4))
 
 
@@ -234,8 +236,8 @@ def test_a_constant_unit_has_the_share_of_texts_and_is_never_taken():
         found = average_precision(responses, k=20, which=which)
         for code in LANGUAGES:
             assert sorted(found.flat(code).tolist()) == [unit for unit in range(N_UNITS) if unit != 6]
-    assert 6 not in average_precision_threshold(responses, threshold=0.0, exclusive=False).flat("en").tolist()
-    with pytest.raises(SettingError, match=r"k=21 is more than the 20 units .* 1 are constant"):
+    assert 6 not in average_precision_threshold(responses, 0.0, exclusive=False, units="all").flat("en").tolist()
+    with pytest.raises(SettingError, match=r"k=21 is more than the 20 units .*: of 21 units .* 1 are constant"):
         average_precision(responses, k=21, which="top")
 
 
@@ -272,17 +274,26 @@ def test_permuting_units_permutes_the_answer():
 
 @pytest.mark.parametrize(
     ("units", "sites"),
-    [("all", ("gate_pre", "q", "mlp_out")), ("mlp", ("gate_pre", "mlp_out")), ("q", ("q",))],
+    [
+        ("linear", ("gate_pre", "q", "mlp_out")),
+        ("mlp", ("gate_pre", "mlp_out")),
+        ("all", ("gate_pre", "gate_act", "q", "mlp_out")),
+        ("q", ("q",)),
+        ("gate_act", ("gate_act",)),
+    ],
 )
 def test_sites_are_chosen(units, sites):
-    responses = make_responses(0)
-    found = average_precision(responses, k=4, which="top", units=units)
-    alone = average_precision(responses.only(*sites), k=4, which="top")
+    # A recording for several methods: act(gate) is no output of a linear layer.
+    responses = make_responses(0, sites={"gate_pre": (2, 4), "gate_act": (2, 3), "q": (2, 2), "mlp_out": (1, 3)})
+    found = average_precision(responses, k=2, which="top", units=units)
+    alone = average_precision(responses.only(*sites), k=2, which="top", units="all")
     assert tuple(found.sites) == sites
     assert found.provenance == alone.provenance
     assert torch.equal(average_precision_table(responses, units), average_precision_table(responses.only(*sites)))
     for code in LANGUAGES:
         assert torch.equal(found.flat(code), alone.flat(code))
+    if units == "linear":
+        assert average_precision(responses, k=2, which="top").sites == found.sites
 
 
 def test_blocks_of_any_size_give_the_same_and_bound_what_is_read(monkeypatch):
@@ -308,12 +319,29 @@ def test_blocks_of_any_size_give_the_same_and_bound_what_is_read(monkeypatch):
         assert torch.equal(mlp[0], found[:, [*range(10), 18, 19, 20]])
 
 
+def test_files_of_rows_give_the_same_and_are_let_go(tmp_path):
+    responses = make_responses(0, torch.float16)
+    parts = {}
+    for code in LANGUAGES:
+        rows, positions = responses.rows(code), responses.positions(code)
+        for first in (0, 4):
+            file = tmp_path / f"{code}-{first}.safetensors"
+            own = slice(first, first + 4 if first == 0 else None)
+            save_tensors(file, {"rows": rows[own], "positions": positions[own]}, {"kind": ROWS_KIND})
+        parts[code] = tuple(mapped_rows(file) for file in sorted(tmp_path.glob(f"{code}-*")))
+    mapped = TextResponses(parts, SITES)
+    assert torch.equal(average_precision_table(mapped), average_precision_table(responses))
+    # A slice that is no copy keeps its whole file mapped: many files at once would count as memory.
+    part = mapped.parts["fr"][0].read(3, 5)
+    assert part.untyped_storage().nbytes() == part.numel() * 2
+
+
 def test_threshold_takes_what_passes_in_one_language():
     responses = make_responses(0)
     table = average_precision_table(responses)
     for threshold in (0.3, 0.5):
-        every = average_precision_threshold(responses, threshold=threshold, exclusive=False)
-        alone = average_precision_threshold(responses, threshold=threshold)
+        every = average_precision_threshold(responses, threshold, exclusive=False, units="all")
+        alone = average_precision_threshold(responses, threshold, units="all")
         for k, code in enumerate(LANGUAGES):
             passing = [unit for unit in range(N_UNITS) if table[k, unit] > threshold and unit != 6]
             ordered = sorted(passing, key=lambda unit: (-table[k, unit].item(), unit))
@@ -323,7 +351,7 @@ def test_threshold_takes_what_passes_in_one_language():
                 unit for unit in ordered if not any(table[j, unit] > threshold for j in others)
             ]
             assert torch.equal(alone.flat(code), every.exclusive().flat(code))
-    strict = average_precision_threshold(responses, threshold=0.99)
+    strict = average_precision_threshold(responses, 0.99, units="all")
     assert strict.counts() == {"en": 0, "fr": 0, "sw": 1}
     assert strict.method == {
         "name": "average_precision_threshold",
@@ -348,8 +376,8 @@ def test_bad_settings_are_sentences():
         ({"which": "best"}, "which='best' is unknown; use one of top"),
         ({"k": 0}, "k=0 must be at least 1"),
         ({"k": 5}, "k=5 must be even"),
-        ({"k": 500}, "k=500 is more than the 20 units"),
-        ({"k": 4, "units": "up"}, "units='up' was not recorded; use 'all', 'mlp' or one of gate_pre, q, mlp_out"),
+        ({"k": 500}, "k=500 is more than the 21 units at gate_pre, q, mlp_out; use"),
+        ({"k": 4, "units": "up"}, "units='up' was not recorded; use 'all', or what was recorded: gate_pre, q, mlp_out"),
     ):
         with pytest.raises(SettingError, match=message):
             average_precision(responses, **settings)
@@ -357,13 +385,16 @@ def test_bad_settings_are_sentences():
         average_precision(responses.only("q"), k=4, units="mlp")
     for threshold in (-0.1, 1.0, float("nan")):
         with pytest.raises(SettingError, match="threshold="):
-            average_precision_threshold(responses, threshold=threshold)
+            average_precision_threshold(responses, threshold, units="all")
 
 
 def test_bad_responses_are_sentences():
-    for method in (average_precision, average_precision_threshold, average_precision_table):
+    alone = make_responses(0, sites={"gate_act": (3, 7)}).select(["en"])
+    with pytest.raises(DataError, match="at least two"):
+        average_precision(alone, k=2, units="gate_act")
+    for method in (average_precision_threshold, average_precision_table):
         with pytest.raises(DataError, match="at least two"):
-            method(make_responses(0).select(["en"]))
+            method(alone, units="gate_act")
     empty = make_responses(0).texts({"en": [0, 1], "fr": [2], "sw": []})
     with pytest.raises(DataError, match="'sw' has no text"):
         average_precision(empty, k=2)
@@ -381,5 +412,11 @@ def test_the_registry_knows_the_methods():
     for name, paper in (("average_precision", "2404.02431"), ("average_precision_threshold", "2507.22581")):
         assert methods.loc[name, "needs"] == "responses"
         assert paper in cite(name)
-    found = average_precision(make_responses(0), k=2)
-    assert found.method == {"name": "average_precision", "k": 2, "which": "both", "units": "all"}
+    responses = make_responses(0)
+    found = identify(responses, "average_precision", k=2)
+    assert found.method == {"name": "average_precision", "k": 2, "which": "both", "units": "linear"}
+    assert collect_for(["average_precision", "average_precision_threshold"]).responses == ("linear", "gate_act")
+    found = identify(make_responses(0, sites={"gate_act": (3, 7)}), "average_precision_threshold", threshold=0.99)
+    assert found.flat("sw").tolist() == [13]
+    with pytest.raises(SettingError, match=r"k=2\.0 .* must be a whole number"):
+        identify(responses, "average_precision", k=2.0)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from lens_neurons.adapter import MLP_SITES
+from lens_neurons.collectors import LINEAR_SITES
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.methods.ranking import average_precisions
 from lens_neurons.methods.registry import method
@@ -30,8 +30,14 @@ _WHICH = ("top", "bottom", "both", "medium")
 _BLOCK = 1 << 25
 
 
-@method("average_precision", reference="Kojima et al. 2024, arXiv 2404.02431", bibtex=_BIBTEX, needs=("responses",), sites=("linear",))
-def average_precision(responses: TextResponses, k: int = 2000, which: str = "both", units: str = "all") -> NeuronSet:
+@method(
+    "average_precision",
+    reference="Kojima et al. 2024, arXiv 2404.02431",
+    bibtex=_BIBTEX,
+    needs=("responses",),
+    sites=("linear",),
+)
+def average_precision(responses: TextResponses, k: int = 2000, which: str = "both", units: str = "linear") -> NeuronSet:
     """Return, for every language, k units that rank its texts highest or lowest among the texts of all languages.
 
     The ranking is by average precision (`average_precision_table`): near 1 where the language's texts have the
@@ -40,16 +46,17 @@ def average_precision(responses: TextResponses, k: int = 2000, which: str = "bot
     same on every text, is never taken, nor does it count in the ranking. A unit may be taken for several languages;
     `.exclusive()` drops these.
 
-    The paper overrides the units of a language with the median of their responses on its texts (on_p50), which is
-    `responses.median(language, site)`, and its controls with quantiles of the same, `responses.quantile`. Its default
-    is k=2000 of every linear layer's outputs; for Llama-2 it needs about 20,000.
+    The paper overrides the units of a language with the median of their responses on its texts (on_p50 in its code),
+    which is `responses.median(language, site)`; `responses.quantile(language, 0.9, site)` is its on_p90. Its default,
+    k=2000 of all linear outputs, hardly steers Llama-2, which took about 20,000.
 
     Args:
         responses: A recording of at least two languages.
         k: Units for each language, in total.
         which: "top"; "bottom"; "both", half of k each; or "medium", the k in the middle of the ranking, the paper's
             control.
-        units: "all" sites recorded; "mlp", those of the MLP; or one site.
+        units: "linear", the outputs of all linear layers that were recorded, as in the paper; "mlp", those of the MLP
+            alone; "all" sites that were recorded, also those made from linear outputs, such as gate_act; or one site.
 
     Returns:
         Languages to units, whose kinds are "top", "bottom" and "medium" and whose scores are the average precision.
@@ -67,12 +74,15 @@ def average_precision(responses: TextResponses, k: int = 2000, which: str = "bot
     if which == "both" and k % 2:
         raise SettingError(f"k={k} must be even for which='both', which takes k/2 top and k/2 bottom units.")
     sites = chosen_sites(responses, units)
+    n_units = sum(layers * width for layers, width in (responses.sites[site] for site in sites))
+    if k > n_units:
+        raise SettingError(f"k={k} is more than the {n_units} units at {', '.join(sites)}; use a smaller k.")
     table, constant = scan(responses, sites)
     usable = (~constant).nonzero()[:, 0]
     if k > len(usable):
         raise SettingError(
-            f"k={k} is more than the {len(usable)} units that can be ranked (of {len(constant)} units at "
-            f"{', '.join(sites)}, {len(constant) - len(usable)} are constant); use a smaller k."
+            f"k={k} is more than the {len(usable)} units that can be ranked: of {n_units} units at "
+            f"{', '.join(sites)}, {n_units - len(usable)} are constant; use a smaller k."
         )
     found: dict[str, Tensor] = {}
     kinds: dict[str, list[str]] = {}
@@ -98,7 +108,7 @@ def average_precision_table(responses: TextResponses, units: str = "all") -> Flo
 
     Args:
         responses: A recording of at least two languages. Units are read in blocks, so it may be larger than memory.
-        units: "all" sites, "mlp", or one site.
+        units: "all" sites, so that units are numbered as in `responses`; or "linear", "mlp" or one site.
 
     Raises:
         SettingError: Sites that were not recorded.
@@ -108,17 +118,16 @@ def average_precision_table(responses: TextResponses, units: str = "all") -> Flo
 
 
 def chosen_sites(responses: TextResponses, units: str) -> tuple[str, ...]:
-    """Return the recorded sites that "all", "mlp" or the name of a site stands for.
+    """Return the recorded sites that "all", "linear", "mlp" or the name of a site stands for, in the order recorded.
 
     Raises:
         SettingError: None was recorded.
     """
-    there = tuple(responses.sites)
-    if units == "all":
-        return there
-    sites = tuple(site for site in there if site == units or (units == "mlp" and site in {*MLP_SITES, "mlp_out"}))
+    named = {"all": tuple(responses.sites), "linear": LINEAR_SITES, "mlp": LINEAR_SITES[4:]}.get(units, (units,))
+    sites = tuple(site for site in responses.sites if site in named)
     if not sites:
-        raise SettingError(f"units={units!r} was not recorded; use 'all', 'mlp' or one of {', '.join(there)}.")
+        there = ", ".join(responses.sites)
+        raise SettingError(f"units={units!r} was not recorded; use 'all', or what was recorded: {there}.")
     return sites
 
 

@@ -23,20 +23,20 @@ _BIBTEX = """@misc{rahmanisa2025unveiling,
     sites=("gate_act",),
 )
 def average_precision_threshold(
-    responses: TextResponses, threshold: float = 0.95, exclusive: bool = True, units: str = "all"
+    responses: TextResponses, threshold: float = 0.95, exclusive: bool = True, units: str = "gate_act"
 ) -> NeuronSet:
     """Return, for every language, all units whose average precision is above a threshold.
 
     The study's code tries 0.99, 0.95, 0.90 and 0.3 on the mean of act(gate) over the tokens of 100 sentences a
-    language (`units="gate_act"`), and drops units that pass for several languages. Its other variant, the units with
+    language, and drops units that pass for several languages. Its other variant, the units with
     the highest average precision, as many as LAPE finds for its largest language, is
-    `method="average_precision", which="top", k=...`. Constant units are never taken.
+    `method="average_precision", units="gate_act", which="top", k=...`. Constant units are never taken.
 
     Args:
         responses: A recording of at least two languages.
         threshold: Average precision that a unit must exceed.
         exclusive: Drop the units that pass for more than one language.
-        units: "all" sites recorded; "mlp", those of the MLP; or one site.
+        units: One site, or "linear", "mlp" or "all" sites recorded, as for `average_precision`.
 
     Returns:
         Languages to units, highest average precision, which is the score, first; ties by (site, layer, index). A
