@@ -7,7 +7,8 @@ when the unit is 0. It is exact here, and comes from one pass of the model:
 - a dimension of a head's queries or keys ("q", "k"): the change of the attention pattern,
   ||softmax(S - scale * q_i k_i^T) - softmax(S)|| with S the scores as the model has them, mask, ALiBi and all. The
   paper and its code take column i of Q and K as they enter the product, after any rotation, for neuron i of the query
-  and key projections, and so does this. A key dimension of grouped-query attention changes all heads of its group;
+  and key projections, and so does this; with rotary positions that is another number than what "q" and "k" hold
+  elsewhere, before it. A key dimension of grouped-query attention changes all heads of its group;
 - a dimension of a head's values ("v"): the change of what attention writes, through W_O, in all heads of its group;
 - a dimension of the attention output ("attn_out"): its own norm.
 
@@ -68,8 +69,9 @@ def value_factors(
     R is a root of the Gram matrix of these heads' rows of W_O, so that nothing as wide as the model is needed later.
     """
     heads, d_head, d_model = w_o.shape
-    precise = torch.float32 if w_o.device.type == "mps" else torch.float64
-    rows = w_o.to(precise).reshape(key_value_heads, heads // key_value_heads, d_head, d_model).transpose(1, 2)
+    # A device without float64 has no eigenvectors either.
+    wide = w_o.to("cpu" if w_o.device.type == "mps" else w_o.device, torch.float64)
+    rows = wide.reshape(key_value_heads, heads // key_value_heads, d_head, d_model).transpose(1, 2)
     values, vectors = torch.linalg.eigh(rows @ rows.transpose(-1, -2))
     return (values.clamp(min=0).sqrt()[..., :, None] * vectors.transpose(-1, -2)).to(_precise(w_o))
 

@@ -48,6 +48,9 @@ def plnd(
        its code want all of them.
     3. It is specific to a language if it is activated there and in no other.
 
+    Units of "q" and "k" are dimensions of queries and keys as they enter the product, after any rotation, which the
+    paper takes for the neurons of these projections.
+
     Units are ordered by how much higher they stand in their own language (ours): the score is the unit's mean rank on
     the language's documents, as a share of its layer and site (0 first, 1 last; equal importances share a rank), less
     its lowest in another language; ties by (site, layer, index).
