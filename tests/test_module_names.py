@@ -132,6 +132,21 @@ def test_up_without_a_gate_is_the_layer_before_the_activation():
     assert [list(layers.sites)[place] for place in places] == ["gate_pre"]
 
 
+@pytest.mark.parametrize(
+    ("config", "units"),
+    [
+        (transformers.LlamaConfig(), 1_359_872),
+        (transformers.LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40), 2_129_920),
+        (transformers.BloomConfig(hidden_size=1024, n_layer=24, n_head=16), 221_184),
+        (transformers.BloomConfig(hidden_size=2560, n_layer=30, n_head=32), 691_200),
+        (transformers.XGLMConfig(d_model=1024, ffn_dim=4096, num_layers=24, attention_heads=16), 221_184),
+    ],
+    ids=["Llama-2-7B", "Llama-2-13B", "bloom-560m", "bloom-3b", "xglm-564M"],
+)
+def test_the_number_of_units_is_the_paper_s(config: Any, units: int):
+    assert sum(n * width for n, width in LinearLayers.of(config).sites.values()) == units
+
+
 def test_what_does_not_fit_is_refused():
     bloom, llama = (LinearLayers.of(tiny(arch).hf_model.config) for arch in ("bloom", "llama"))
     falcon = LinearLayers.of(
