@@ -24,8 +24,14 @@ _HEADER = "lens_neurons"
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that a reader, or a crash at any point, sees the whole of it or nothing."""
+    """Write a file so that a reader, or a crash at any point, sees the whole of it or nothing.
+
+    Raises:
+        StorageError: The path is a folder or a device, which would be replaced by a file.
+    """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise StorageError(f"{path} is no file but a folder or a device, so nothing was written; give another path.")
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:

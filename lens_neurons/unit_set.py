@@ -224,7 +224,8 @@ class UnitSet:
         return self._combined(other, "or")
 
     def _combined(self: S, other: S, operation: str) -> S:
-        if dict(self.sites) != dict(other.sites):
+        # Flat numbers depend on the order of the sites.
+        if list(self.sites.items()) != list(other.sites.items()):
             raise ProvenanceError(
                 f"neuron sets at {dict(self.sites)} and {dict(other.sites)} cannot be combined; "
                 "both must be of the same site and shape."

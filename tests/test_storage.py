@@ -125,3 +125,11 @@ def test_a_mismatch_gives_both_values():
     with pytest.raises(ProvenanceError, match="'float32' in one and 'bfloat16'"):
         first.require_same(first.replace(dtype="bfloat16"), ["weights", "dtype"])
     first.require_same(first.replace(dtype="bfloat16"), ["weights", "dtype"], allow={"dtype"})
+
+
+def test_a_folder_or_a_device_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(StorageError, match="no file"):
+            write_atomic(path, b"x")
+    assert (tmp_path / "pipe").is_fifo()

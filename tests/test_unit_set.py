@@ -124,8 +124,11 @@ def test_algebra_against_sets():
     assert one.exclusive().flat("de").tolist() == [12, 0, 17]
     assert one.restrict([1]).flat("en").tolist() == [25, 3]
     assert one.best(2).flat("de").tolist() == [7, 12]
-    with pytest.raises(LensNeuronsError):
-        one & one.at("q")
+    turned = NeuronSet.from_units({"en": torch.tensor([0])}, sites=dict(reversed(SITES.items())))
+    for wrong in (one.at("q"), turned):
+        with pytest.raises(LensNeuronsError) as caught:
+            one & wrong
+        sentence(caught.value)
 
 
 def test_random_controls_match_sites_and_layers():
