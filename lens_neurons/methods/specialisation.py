@@ -35,7 +35,7 @@ def fewest_covering(mass: Float64[Tensor, "group neuron"], share: float) -> Bool
     reached = ordered.cumsum(dim=1)
     # Rounding of share * total must not ask for one neuron more.
     wanted = share * reached[:, -1:] * (1 - 1e-12)
-    taken = (reached - ordered < wanted) & (ordered > 0)
+    taken = reached - ordered < wanted
     return torch.zeros_like(taken).scatter_(1, order, taken)
 
 
