@@ -184,7 +184,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _json(file: Path) -> dict[str, Any]:
     try:
         config = load_json(file)
-    except LensNeuronsError as error:
+    except StorageError as error:
         raise ModelError(f"an SAE needs a {CONFIG_FILE} beside its weights: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not the configuration of an SAE; give the folder of one.")
