@@ -34,6 +34,7 @@ from .interventions import (
 from .languages import DEMO_LANGUAGES, LANGUAGES, Language, get_language
 from .methods import cite, collect_for, identify, list_methods
 from .methods.specialisation import overlap_by_layer
+from .methods.ternary import Stage, layer_stages
 from .model import adapt, load_model
 from .neuron_files import export_neurons, import_neurons, to_lape_list
 from .neurons import NeuronSet
@@ -82,6 +83,7 @@ __all__ = [
     "RecordingPlan",
     "Silence",
     "Stability",
+    "Stage",
     "SteeringScores",
     "StopCheck",
     "StopRule",
@@ -108,6 +110,7 @@ __all__ = [
     "import_neurons",
     "language_share",
     "language_steering_shift",
+    "layer_stages",
     "list_methods",
     "load_model",
     "overlap_by_layer",
