@@ -206,7 +206,8 @@ def cite(*results: Any) -> str:
         text = _METHODS[name].bibtex if name in _METHODS else _TOOLS.get(name, "")
         if text:
             entries[name] = text
-    return "\n\n".join(entries.values())
+    # Several scores and methods may come from one paper.
+    return "\n\n".join(dict.fromkeys(entries.values()))
 
 
 def _cited(result: Any) -> list[str]:
