@@ -328,9 +328,19 @@ def test_a_recording_stops_once_two_checks_agree() -> None:
     assert "too few shards" in checks[0].reason
     assert checks[-1].stop
     assert f"{np.mean(list(checks[-1].values.values())):.3f}" in checks[-1].reason
-    means = [np.mean(list(check.values.values())) for check in checks[1:]]
+    means = [float(np.mean(list(check.values.values()))) for check in checks]
     for k in range(2, 8):
-        assert checks[k].stop == (min(means[k - 1], means[k - 2]) >= 0.8)
+        assert checks[k].stop == (min(means[k], means[k - 1]) >= 0.8)
+
+
+def test_one_good_check_is_not_enough() -> None:
+    """A threshold that the last round reaches and the one before does not."""
+    rounds = growing(0.15, 3)
+    settings = {"settings": SETTINGS, "n_splits": 3}
+    before, now = (float(stability(parts, **settings).halves()["mean"].mean()) for parts in rounds[1:])
+    assert before < now
+    assert not until_stable((before + now) / 2, **settings).check(rounds[2]).stop
+    assert until_stable(before, **settings).check(rounds[2]).stop
 
 
 def test_a_check_is_that_of_stability_now_and_a_round_before() -> None:
@@ -365,3 +375,22 @@ def test_a_rule_says_what_it_is() -> None:
         "seed": 0,
     }
     assert rule == UntilStable(**{name: value for name, value in rule.to_dict().items() if name != "rule"})
+
+
+def test_a_recording_with_a_rule_ends_early_and_goes_on_where_it_was(tmp_path) -> None:
+    tiny = tiny_llama()
+    model = load_model(str(tiny.folder), hf_model=tiny.hf_model)
+    corpus = Corpus.from_texts(
+        {code: [SAMPLE_TEXTS[6 * k + i % 4] for i in range(80)] for k, code in enumerate(("en", "ja"))}
+    )
+    settings = {"top_rate": 0.2, "filter_rate": 0.5, "activation_bar_ratio": 0.5}
+    rule = until_stable(0.5, settings=settings, check_every=2, n_splits=2)
+    options = {"shard_tokens": 60, "stop_when": rule, "progress": False}
+    stopped = record(model, corpus, tmp_path / "stopped", **options)
+    assert int(stopped.tokens.min()) > 4 * 60
+    assert int(stopped.texts.max()) < 80
+    assert "agree with a mean Jaccard index" in stopped.notes["stopped"]
+    again = record(model, corpus, **options)
+    assert again.positive.equal(stopped.positive)
+    assert again.notes["stopped"] == stopped.notes["stopped"]
+    assert stability(tmp_path / "stopped", settings=settings, n_splits=2).halves()["mean"].mean() >= 0.5
