@@ -85,7 +85,7 @@ class RecordingFolder:
         mine, theirs = self._provenance, Provenance.from_dict(manifest["provenance"])
         what = f"the recording in {self.path} (of {theirs.model}) and this call (with {mine.model})"
         theirs.require_same(mine, _SAME, what=what)
-        pairs = [("languages", manifest["languages"], self._languages)]
+        pairs: list[tuple[str, Any, Any]] = [("languages", manifest["languages"], self._languages)]
         old_settings, new_settings = _spread(theirs.extra["recording"]), _spread(mine.extra["recording"])
         for name in dict.fromkeys([*old_settings, *new_settings]):
             pairs.append((name, old_settings.get(name), new_settings.get(name)))
