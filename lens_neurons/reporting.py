@@ -26,6 +26,7 @@ from lens_neurons.figure_style import dark_colours
 from lens_neurons.generation import Generations
 from lens_neurons.methods import cite, list_methods
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.recorded import Recording
 from lens_neurons.report_blocks import (
     ABSENT,
     Block,
@@ -38,12 +39,15 @@ from lens_neurons.report_blocks import (
     text_block,
     words,
 )
-from lens_neurons.reporting_comparison import COMPARISONS
+from lens_neurons.reporting_comparison import COMPARISONS, responses_section
+from lens_neurons.responses import TextResponses
 from lens_neurons.split_halves import Stability
 from lens_neurons.storage import Provenance, load_json, load_tensors, write_atomic
 
 Part = (
     ActivationStats
+    | Recording
+    | TextResponses
     | NeuronSet
     | SteeringScores
     | PerplexityMatrix
@@ -59,6 +63,7 @@ Part = (
 )
 Saved = (
     ActivationStats
+    | Recording
     | NeuronSet
     | SteeringScores
     | PerplexityMatrix
@@ -137,7 +142,8 @@ def write_report(
             _section("Notes", [text_block(note) for note in ([notes] if isinstance(notes, str) else notes)])
         )
     plain = [part[1] if isinstance(part, tuple) else part for part in parts]
-    recordings = [part for part in plain if isinstance(part, ActivationStats)]
+    recorded = [part.stats if isinstance(part, Recording) else part for part in plain]
+    recordings = [part for part in recorded if isinstance(part, ActivationStats)]
     for entry in parts:
         heading, part = entry if isinstance(entry, tuple) else ("", entry)
         if isinstance(part, str):
@@ -175,7 +181,8 @@ def load_part(path: str | os.PathLike[str]) -> Saved:
     """
     source = Path(path)
     if source.is_dir():
-        return ActivationStats.load(source)
+        recording = Recording.load(source)
+        return recording.stats if recording.stats is not None and len(recording.parts) == 1 else recording
     if not source.is_file():
         raise StorageError(f"{path} does not exist; give the path of something that was saved before.")
     kind = _kind(source)
@@ -251,6 +258,8 @@ def _blocks(part: Any, recordings: Sequence[ActivationStats]) -> tuple[str, list
     else:
         makers: dict[type, Callable[[Any], tuple[str, list[Block]]]] = {
             ActivationStats: _recording,
+            Recording: _parts,
+            TextResponses: responses_section,
             SteeringScores: _steering,
             PerplexityMatrix: _perplexity,
             ForcingScores: _forcing,
@@ -271,6 +280,16 @@ def _recording(stats: ActivationStats) -> tuple[str, list[Block]]:
     size = f"{stats.n_layers} layers of {stats.n_neurons:,} neurons, site {stats.site}"
     blocks = [table_block(stats.to_frame(), f"Recorded: {size}")]
     return "Recording", [*blocks, *(figure_block(figures.activation_probability(stats, layer)) for layer in layers)]
+
+
+def _parts(recording: Recording) -> tuple[str, list[Block]]:
+    rows = [{"part": name, "holds": repr(part)} for name, part in recording.parts.items()]
+    blocks = [table_block(pd.DataFrame(rows), "What was recorded in one pass")]
+    if recording.stats is not None:
+        blocks = [text_block(_ABOUT[ActivationStats]), *blocks, *_recording(recording.stats)[1]]
+    if recording.responses is not None:
+        blocks += responses_section(recording.responses)[1]
+    return "Recording", blocks
 
 
 def _neurons(neurons: NeuronSet, recordings: Sequence[ActivationStats]) -> tuple[str, list[Block]]:

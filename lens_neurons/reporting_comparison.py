@@ -1,12 +1,17 @@
-"""Sections of a report that compare: methods with each other, a method with itself, what silencing shows of each."""
+"""Sections of a report that compare: methods with each other and with themselves, by silencing, units by precision."""
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+import pandas as pd
 
 from lens_neurons import comparison_figures as figures
 from lens_neurons.compare import MethodComparison
 from lens_neurons.evaluation.causal import CausalRanking
+from lens_neurons.methods.average_precision import average_precision_table
 from lens_neurons.report_blocks import Block, figure_block, note_blocks, settings_block, table_block, text_block
+from lens_neurons.responses import TextResponses
 from lens_neurons.split_halves import Stability
 
 _ABOUT_METHODS = (
@@ -25,6 +30,14 @@ _ABOUT_RANKING = (
     "selectivity less that of as many random units in the same layers. Intervals resample texts, for the control also "
     "draws. Above counts languages that suffer more than every other one (interval above 0)."
 )
+_ABOUT_RESPONSES = (
+    "A unit's response to a text is the mean of its value over the text's counted tokens. Average precision says how "
+    "well the response alone ranks one language's texts above all others: 1 is perfect, the language's share of the "
+    "texts is what a unit has that knows nothing."
+)
+
+# Text responses, texts times units, that are ranked for a report: some seconds of work.
+_MOST_RESPONSES = 1 << 27
 
 
 def _methods(comparison: MethodComparison) -> tuple[str, list[Block]]:
@@ -61,6 +74,24 @@ def _ranking(ranking: CausalRanking) -> tuple[str, list[Block]]:
     blocks.append(table_block(ranking.differences(), "Differences of selectivity", folded=True))
     blocks.append(table_block(ranking.by_language(), "Own minus others, by language", folded=True))
     return "Methods by what silencing shows", [*blocks, settings_block(ranking.settings, "Settings")]
+
+
+def responses_section(responses: TextResponses) -> tuple[str, list[Block]]:
+    """Return heading and blocks of text responses: how well single units tell a language's texts from all others."""
+    blocks = [text_block(_ABOUT_RESPONSES)]
+    counts = responses.counts()
+    known = responses.statistic == "mean" and len(counts) > 1
+    units = "gate_act" if "gate_act" in responses.sites else "all"
+    width = math.prod(responses.sites[units]) if units in responses.sites else responses.n_units
+    if known and sum(counts.values()) * width <= _MOST_RESPONSES:
+        table = average_precision_table(responses, units)
+        blocks.append(figure_block(figures.average_precision(table, responses.languages, counts)))
+    elif known:
+        blocks.append(text_block("There are too many responses to rank them for this report.", "note"))
+    return "Text responses", [
+        *blocks,
+        table_block(pd.Series(counts).rename("texts").rename_axis("language").to_frame()),
+    ]
 
 
 # What makes the section of each kind of result.

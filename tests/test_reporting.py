@@ -32,8 +32,11 @@ from lens_neurons import figures
 from lens_neurons.compare import compare_methods
 from lens_neurons.errors import DataError, StorageError
 from lens_neurons.generation import Generation, Generations
+from lens_neurons.methods.average_precision import average_precision_table
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.recorded import Recording
 from lens_neurons.reporting import load_part, write_report
+from lens_neurons.responses import TextResponses
 from lens_neurons.storage import save_json
 
 FEW = ("en", "nl", "fr", "zh", "it")
@@ -263,6 +266,38 @@ def test_numbers_read_well(tmp_path: Path):
     )
     text = Page(write_report([frame], tmp_path / "x.html")).text
     assert "1,234,567 0.123 5 yes sw Swahili – 0.500 [0.400, 0.600] 1 – – no klingon x –" in text
+
+
+def make_recording() -> Recording:
+    """Return counts, and responses of which unit 7 tells French from the rest."""
+    rows = {code: torch.rand(6, 6 * 256, generator=torch.Generator().manual_seed(k)) for k, code in enumerate(FEW)}
+    rows["fr"][:, 7] += 2
+    responses = TextResponses.from_rows(rows, sites={"gate_act": (6, 256)}, provenance=PROVENANCE)
+    return Recording(make_stats(make_neurons(FEW)), responses)
+
+
+def test_a_recording_shows_counts_and_average_precision(tmp_path: Path):
+    recording = make_recording()
+    page = Page(write_report([recording, make_neurons(FEW)], tmp_path / "x.html"))
+    expected = average_precision_table(recording.responses)
+    assert float(expected[2, 7]) == 1.0
+    figure = json.loads(figures.average_precision(expected, FEW, dict.fromkeys(FEW, 6)).to_json())
+    assert figure in page.figures()
+    titles = [one["layout"]["title"]["text"] for one in page.figures()]
+    assert any("Activation probability in layer 0" in title for title in titles)
+    assert any("best neurons" in title for title in titles)  # of the set, from the recording's counts
+    assert "TextResponses(mean, gate_act" in page.text
+    alone = Page(write_report([recording.responses.select(["en"])], tmp_path / "y.html"))
+    assert alone.figures() == []
+    assert "en English 6" in alone.text
+
+
+def test_a_recording_is_loaded_with_all_its_parts(tmp_path: Path):
+    recording = make_recording()
+    recording.save(tmp_path / "all")
+    assert repr(load_part(tmp_path / "all")) == repr(recording)
+    Recording(recording.stats).save(tmp_path / "counts")
+    assert repr(load_part(tmp_path / "counts")) == repr(recording.stats)
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path):
