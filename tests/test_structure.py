@@ -78,6 +78,7 @@ ORDER = (
     "compare",
     "split_sources",
     "split_halves",
+    "resampling",
     "transitions",
     "distribute",
     "figure_style",
