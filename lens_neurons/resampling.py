@@ -54,7 +54,7 @@ def drawable(data: Data, method: str, design_effect: float, *, intervals: bool) 
         data: Statistics in memory (their counts are drawn), a recording or rows of texts (texts are drawn), the folder
             of a recording or the sums of its shards (shards are drawn).
         method: Name of the method.
-        design_effect: By how much the variance of a count exceeds that of independent tokens.
+        design_effect: How many times the variance of a count is that of independent tokens.
         intervals: Whether it is to be drawn at all, so that there must be enough to draw from.
 
     Raises:

@@ -160,7 +160,9 @@ def compare_models(
         method: One of `list_methods()` that needs counts, sums, responses or importances.
         n_resamples: Number of resamples; 0 for no intervals.
         confidence: Share of the resamples between the two ends of an interval.
-        design_effect: By how much the variance of a count exceeds that of independent tokens; for statistics in memory.
+        design_effect: How many times the variance of a count is that of independent tokens; for statistics in memory.
+            For the packaged sentences of some 20 tokens and the demo model it is 1.1 to 1.2 in the mean over units;
+            longer texts have more.
         seed: Seed of the resamples.
         progress: Show a progress bar.
         **settings: The method's own settings, for both models.
