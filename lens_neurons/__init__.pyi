@@ -46,6 +46,7 @@ from .responses import TextResponses
 from .split_halves import Stability, UntilStable, stability, until_stable
 from .stopping import StopCheck, StopRule
 from .storage import Provenance
+from .transitions import ModelComparison, compare_models
 
 __version__: str
 
@@ -73,6 +74,7 @@ __all__ = [
     "LanguageGuess",
     "LensNeuronsError",
     "MethodComparison",
+    "ModelComparison",
     "NeuronBins",
     "NeuronSet",
     "Override",
@@ -97,6 +99,7 @@ __all__ = [
     "cite",
     "collect_for",
     "compare_methods",
+    "compare_models",
     "complete",
     "errors",
     "export_neurons",
