@@ -12,6 +12,7 @@ from .corpus import Corpus
 from .errors import LensNeuronsError
 from .evaluation.causal import CausalRanking, causal_ranking
 from .evaluation.contexts import TopTexts, top_texts
+from .evaluation.cultures import CulturePerplexity, culture_perplexity
 from .evaluation.forcing import ForcingScores, forced_share
 from .evaluation.lid import LanguageGuess, identify_language, language_share
 from .evaluation.lss import SteeringScores, language_steering_shift
@@ -33,6 +34,7 @@ from .interventions import (
 )
 from .languages import DEMO_LANGUAGES, LANGUAGES, Language, get_language
 from .methods import cite, collect_for, identify, list_methods
+from .methods.culture import culture_sets
 from .methods.specialisation import overlap_by_layer
 from .methods.ternary import Stage, layer_stages
 from .model import adapt, load_model
@@ -62,6 +64,7 @@ __all__ = [
     "Collect",
     "Condition",
     "Corpus",
+    "CulturePerplexity",
     "Fact",
     "Factor",
     "Facts",
@@ -101,6 +104,8 @@ __all__ = [
     "compare_methods",
     "compare_models",
     "complete",
+    "culture_perplexity",
+    "culture_sets",
     "errors",
     "export_neurons",
     "factor",

@@ -25,6 +25,14 @@ from lens_neurons.storage import sha256_of
 PACKAGED = Path(str(files("lens_neurons"))) / "demo"
 IDENTIFY_SENTENCES = 120
 
+# Packaged JSON Lines, one file a group: part to folder, field with the text, and what stands before the group's label.
+# A culture's label is not that of its language, which "french" would be.
+_PACKAGED_ROWS = {
+    "culture": ("culture", "culture", "culture:"),
+    "culture-plain": ("culture", "plain", ""),
+    "code": ("code", "text", ""),
+}
+
 # What `datasets` reads from files rather than from the hub.
 _LOCAL_KINDS = ("json", "parquet", "text", "csv", "arrow")
 _LOGGER = logging.getLogger("lens_neurons")
@@ -120,17 +128,25 @@ class Corpus:
 
     @classmethod
     def packaged(cls, part: str = "identify") -> "Corpus":
-        """Return the sentences that ship with the package: 150, parallel over 18 languages.
+        """Return texts that ship with the package: 150 sentences, parallel over 18 languages, and smaller sets.
 
         Args:
-            part: The 120 "identify" sentences, the other 30 ("held_out"), or "all".
+            part: The 120 "identify" sentences, the other 30 ("held_out"), or "all"; "culture": 60 sentences about each
+                of 6 cultures, labelled "culture:fr" and so on, each in its own language; "culture-plain": the same
+                told without the culture, line by line, labelled by language; "code": 40 snippets in each of 6
+                programming languages, for the same tasks.
 
         Raises:
             SettingError: An unknown part.
         """
         slices = {"identify": (0, IDENTIFY_SENTENCES), "held_out": (IDENTIFY_SENTENCES, None), "all": (0, None)}
+        if part in _PACKAGED_ROWS:
+            name, field, prefix = _PACKAGED_ROWS[part]
+            found = sorted((PACKAGED / name).glob("*.jsonl"))
+            rows = {file.stem: [json.loads(line)[field] for line in _read_lines(file)] for file in found}
+            return cls.from_texts({prefix + stem: own for stem, own in rows.items()}, name=f"packaged-{part}")
         if part not in slices:
-            raise SettingError(f"part={part!r} is unknown; use one of {', '.join(slices)}.")
+            raise SettingError(f"part={part!r} is unknown; use one of {', '.join([*slices, *_PACKAGED_ROWS])}.")
         start, stop = slices[part]
         folder = PACKAGED / "corpus"
         texts = {code: _read_lines(folder / f"{code}.txt")[start:stop] for code in DEMO_LANGUAGES}
