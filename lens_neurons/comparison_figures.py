@@ -70,7 +70,7 @@ def method_overlap(comparison: MethodComparison, language: str | None = None, th
     fig.add_trace(cells(diagonal, names, names, hover=hover, text="%{z:,.0f}", colorscale=style.grey, showscale=False))
     where = "mean over languages" if language is None else language_names([language])[0]
     subtitle = f"Jaccard index, {where}; diagonal: units a language; hover: overlap by chance"
-    finish(fig, style, "Overlap of methods", subtitle, AROUND + ROW * len(order))
+    finish(fig, style, "Overlap of methods", subtitle, max(380, AROUND + ROW * len(order)))
     name_rows(fig, names)
     name_columns(fig, names)
     return fig
@@ -120,7 +120,7 @@ def method_layers(comparison: MethodComparison, language: str | None = None, the
     fig = go.Figure(cells(values, rows, columns, hover=hover, text=text, extra=counts.to_numpy().T, **scale))
     where = "all languages together" if language is None else language_names([language])[0]
     subtitle = f"{where}; a neuron of several languages counts once for each"
-    finish(fig, style, "Where methods find their units", subtitle, AROUND - 30 + ROW * len(rows))
+    finish(fig, style, "Where methods find their units", subtitle, max(340, AROUND - 30 + ROW * len(rows)))
     name_rows(fig, rows)
     name_columns(fig, columns)
     return fig.update_xaxes(title_text="site and layer" if several else "layer", tickangle=-45 if several else 0)

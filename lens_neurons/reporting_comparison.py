@@ -43,12 +43,12 @@ _MOST_RESPONSES = 1 << 27
 def _methods(comparison: MethodComparison) -> tuple[str, list[Block]]:
     table = comparison.to_frame()
     means: Any = table.groupby(["method", "other"], sort=False)[
-        ["units", "other_units", "shared", "jaccard", "expected_jaccard", "corrected"]
+        ["shared", "jaccard", "expected_jaccard", "corrected"]
     ].mean()
     beyond: Any = table.assign(
         tested=table["q"].notna(), beyond_chance=table["q"] < 0.05, beyond_layers=table["q_layers"] < 0.05
     )
-    counts = beyond.groupby(["method", "other"], sort=False)[["tested", "beyond_chance", "beyond_layers"]].sum()
+    counts = beyond.groupby(["method", "other"], sort=False)[["beyond_chance", "beyond_layers", "tested"]].sum()
     blocks = [text_block(_ABOUT_METHODS), *note_blocks(comparison.notes)]
     blocks += [figure_block(figures.method_overlap(comparison)), figure_block(figures.method_layers(comparison))]
     caption = (
@@ -70,7 +70,9 @@ def _ranking(ranking: CausalRanking) -> tuple[str, list[Block]]:
     summary = ranking.summary()
     blocks = [text_block(_ABOUT_RANKING), *note_blocks(ranking.notes)]
     blocks.append(figure_block(figures.causal_ranking(ranking, summary=summary)))
-    blocks.append(table_block(summary, "Methods by selectivity, changes in nats a token"))
+    control = [name for name in summary.columns if name.startswith(("control_own", "control_other"))]
+    blocks.append(table_block(summary.drop(columns=control), "Methods by selectivity, changes in nats a token"))
+    blocks.append(table_block(summary[control], "As many random units, own and other languages", folded=True))
     blocks.append(table_block(ranking.differences(), "Differences of selectivity", folded=True))
     blocks.append(table_block(ranking.by_language(), "Own minus others, by language", folded=True))
     return "Methods by what silencing shows", [*blocks, settings_block(ranking.settings, "Settings")]
