@@ -81,6 +81,7 @@ class NeuronSet(UnitSet, Shareable):
             sites={site: (shape[0], shape[1])},
             scores=values,
             kinds=None if kinds is None else kinds_by_unit(units, kinds),
+            kind_names=tuple(kinds or ()),
             provenance=provenance,
             method=method,
             notes=notes,
@@ -94,6 +95,7 @@ class NeuronSet(UnitSet, Shareable):
         sites: Mapping[str, tuple[int, int]],
         scores: Mapping[str, Float64[Tensor, " _"]] | None = None,
         kinds: Mapping[str, Sequence[str]] | None = None,
+        kind_names: Sequence[str] = (),
         provenance: Provenance | None = None,
         method: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
@@ -105,6 +107,7 @@ class NeuronSet(UnitSet, Shareable):
             sites: Site to its number of layers and of units a layer, in the order of the flat numbers.
             scores: Language to the scores of its units; default: 0.
             kinds: Language to the names of its units' kinds.
+            kind_names: All kinds in their order, for those that no unit may have.
             provenance: What the units come from.
             method: Name and settings of the method.
             notes: Exceptions worth reading.
@@ -117,7 +120,7 @@ class NeuronSet(UnitSet, Shareable):
             raise DataError(
                 "a neuron set needs at least one site with units; give sites={'gate_act': (layers, width)}."
             )
-        names = tuple(dict.fromkeys(name for own in (kinds or {}).values() for name in own))
+        names = tuple(dict.fromkeys([*kind_names, *(name for own in (kinds or {}).values() for name in own)]))
         tables: dict[str, UnitTable] = {}
         for label, numbers in units.items():
             flat = numbers.cpu().to(torch.int64)

@@ -101,7 +101,9 @@ def test_kinds():
     sentence(caught.value)
     masks = {"en": torch.tensor([[True, True, False]]), "de": torch.tensor([[False, True, False]])}
     kinds = {"specific": torch.tensor([[True, False, False]]), "related": torch.tensor([[False, True, False]])}
-    from_masks = NeuronSet.from_masks(masks, kinds=kinds)
+    from_masks = NeuronSet.from_masks(masks, kinds={**kinds, "general": torch.zeros(1, 3, dtype=torch.bool)})
+    assert from_masks.kinds == ("specific", "related", "general")
+    assert from_masks.of_kind("general").counts() == {"en": 0, "de": 0}
     assert from_masks.to_frame()["kind"].tolist() == ["specific", "related", "related"]
     with pytest.raises(DataError) as caught:
         NeuronSet.from_masks(masks, kinds={"specific": kinds["specific"]})
