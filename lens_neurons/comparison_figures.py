@@ -129,7 +129,7 @@ def method_layers(comparison: MethodComparison, language: str | None = None, the
 def stability_curve(found: Stability, theme: Theme = "light") -> go.Figure:
     """Return how well two independent recordings agree, by their number of tokens.
 
-    The thick line is the mean over languages, its band the middle 95% of random splits; thin lines are languages, and
+    The thick line is the mean over languages, its bars the middle 95% of random splits; thin lines are languages, and
     the dotted one is what random sets of the same sizes would give.
 
     Args:
@@ -159,9 +159,6 @@ def stability_curve(found: Stability, theme: Theme = "light") -> go.Figure:
                 "<br>%{customdata[2]:,.1f} units<extra></extra>"
             ),
         )
-    band = {"mode": "lines", "line": {"width": 0, "color": style.accent}, "showlegend": False, "hoverinfo": "skip"}
-    fig.add_scatter(x=overall[unit], y=overall["low"], **band)
-    fig.add_scatter(x=overall[unit], y=overall["high"], fill="tonexty", fillcolor=style.accent, opacity=0.2, **band)
     fig.add_scatter(
         x=overall[unit],
         y=overall["chance"],
@@ -177,6 +174,14 @@ def stability_curve(found: Stability, theme: Theme = "light") -> go.Figure:
         name="mean over languages",
         line={"color": style.accent, "width": 3},
         marker={"size": 8},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": overall["high"] - overall["mean"],
+            "arrayminus": overall["mean"] - overall["low"],
+            "width": 4,
+            "thickness": 1.5,
+        },
         customdata=np.stack([overall["low"], overall["high"]], axis=1),
         hovertemplate=(
             f"mean over languages, %{{x:,.0f}} {unit}<br>%{{y:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]"

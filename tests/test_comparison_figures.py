@@ -120,7 +120,7 @@ def test_one_site_needs_no_name():
     assert list(fig.layout.xaxis.ticktext) == list("012345")
 
 
-def test_stability_curve_shows_mean_band_languages_and_chance():
+def test_stability_curve_shows_mean_interval_languages_and_chance():
     found = make_stability(FEW)
     fig = figures.stability_curve(found)
     named = {trace.name: trace for trace in fig.data if trace.name}
@@ -129,8 +129,8 @@ def test_stability_curve_shows_mean_band_languages_and_chance():
     assert list(mean.x) == pytest.approx(overall["tokens"].tolist())
     assert list(mean.y) == pytest.approx(overall["mean"].tolist())
     assert list(named["random units"].y) == pytest.approx(overall["chance"].tolist())
-    low, high = fig.data[len(FEW)], fig.data[len(FEW) + 1]
-    assert (list(low.y), list(high.y)) == (overall["low"].tolist(), overall["high"].tolist())
+    assert list(mean.y + mean.error_y.array) == pytest.approx(overall["high"].tolist())
+    assert list(mean.y - mean.error_y.arrayminus) == pytest.approx(overall["low"].tolist())
     languages = fig.data[: len(FEW)]
     curve = found.curve().set_index("language")
     for code, trace in zip(FEW, languages):
