@@ -13,11 +13,13 @@ from .errors import LensNeuronsError
 from .evaluation.causal import CausalRanking, causal_ranking
 from .evaluation.contexts import TopTexts, top_texts
 from .evaluation.cultures import CulturePerplexity, culture_perplexity
+from .evaluation.feature_lid import LanguageIdScores, feature_language_id, named_languages
 from .evaluation.forcing import ForcingScores, forced_share
 from .evaluation.lid import LanguageGuess, identify_language, language_share
 from .evaluation.lss import SteeringScores, language_steering_shift
 from .evaluation.perplexity import PerplexityMatrix, perplexity_matrix
 from .facts import Fact, Facts
+from .features import FeatureStats
 from .generation import Generation, Generations, generate
 from .histograms import Histograms
 from .interventions import (
@@ -45,9 +47,11 @@ from .recorded import Recording
 from .recording import RecordingPlan, plan, record
 from .reporting import write_report
 from .responses import TextResponses
+from .sae import PlacedSAE, load_sae, place_sae
 from .split_halves import Stability, UntilStable, stability, until_stable
 from .stopping import StopCheck, StopRule
 from .storage import Provenance
+from .topk_sae import TopKSAE
 from .transitions import ModelComparison, compare_models
 
 __version__: str
@@ -68,6 +72,7 @@ __all__ = [
     "Fact",
     "Factor",
     "Facts",
+    "FeatureStats",
     "ForcingScores",
     "Generation",
     "Generations",
@@ -75,6 +80,7 @@ __all__ = [
     "Intervention",
     "Language",
     "LanguageGuess",
+    "LanguageIdScores",
     "LensNeuronsError",
     "MethodComparison",
     "ModelComparison",
@@ -82,6 +88,7 @@ __all__ = [
     "NeuronSet",
     "Override",
     "PerplexityMatrix",
+    "PlacedSAE",
     "PrecisionTable",
     "Provenance",
     "Recording",
@@ -95,6 +102,7 @@ __all__ = [
     "TestTime",
     "TextResponses",
     "TokenPolicy",
+    "TopKSAE",
     "TopTexts",
     "UntilStable",
     "adapt",
@@ -109,6 +117,7 @@ __all__ = [
     "errors",
     "export_neurons",
     "factor",
+    "feature_language_id",
     "figures",
     "forced_share",
     "generate",
@@ -121,8 +130,11 @@ __all__ = [
     "layer_stages",
     "list_methods",
     "load_model",
+    "load_sae",
+    "named_languages",
     "overlap_by_layer",
     "perplexity_matrix",
+    "place_sae",
     "plan",
     "read_precision_table",
     "record",

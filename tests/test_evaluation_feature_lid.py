@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 
 from lens_neurons.batching import TokenPolicy
 from lens_neurons.collect import Collect
-from lens_neurons.corpus import Corpus
+from lens_neurons.corpus import PACKAGED, Corpus
 from lens_neurons.errors import DataError, ProvenanceError, SettingError, StorageError
 from lens_neurons.evaluation.feature_lid import (
     FASTTEXT,
@@ -23,11 +23,12 @@ from lens_neurons.evaluation.feature_lid import (
 from lens_neurons.evaluation.lid import identify_language
 from lens_neurons.evaluation.tables import NEURONS, tidy
 from lens_neurons.features import FeatureStats
+from lens_neurons.methods import collect_for, identify
 from lens_neurons.methods.sae_lape import sae_lape
 from lens_neurons.model import adapt, load_model
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.recording import record
-from lens_neurons.sae import PlacedSAE, place_saes
+from lens_neurons.sae import PlacedSAE, load_sae, place_saes
 from lens_neurons.topk_sae import TopKSAE
 
 TEXTS = {"en": [*SAMPLE_TEXTS[:3], "x"], "fr": list(SAMPLE_TEXTS[3:7]), "sw": list(SAMPLE_TEXTS[8:12])}
@@ -306,3 +307,20 @@ def test_a_language_without_latents_is_noted():
     assert scores.notes[0] == "fr has no specific latent, so it is never named"
     assert "fr" not in set(scores.named("count")["named"])
     assert list(scores.summary(n_resamples=10).index) == ["count", "min-max"]
+
+
+@pytest.mark.slow
+def test_the_card_of_the_packaged_autoencoder_says_what_is_found():
+    sae, model = load_sae("demo"), load_model("demo")
+    found = record(model, Corpus.packaged(), collect=collect_for(["sae_lape"], saes=sae), progress=False)
+    neurons = identify(found, "sae_lape")
+    card = (PACKAGED / "sae" / "README.md").read_text("utf-8")
+    counts = ", ".join(f"{code} {n}" for code, n in neurons.counts().items())
+    assert f"{len(neurons)} latents of one language each: {counts}." in card
+    scores = feature_language_id(model, sae, neurons, found.features, progress=False)
+    table = scores.summary()
+    for rule, label in (("count", "count"), ("min-max", "min-max"), (FASTTEXT, "fastText (lid.176.ftz)")):
+        row = table.loc[rule]
+        control = "-" if rule == FASTTEXT else f"{row['control']:.3f}"
+        ends = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        assert f"| {label} | {row['mean']:.3f} {ends} | {row['macro_f1']:.3f} | {control} |" in card

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from lens_neurons.errors import DataError, ModelError, ProvenanceError, SettingE
 from lens_neurons.features import FeatureCollector, FeatureStats
 from lens_neurons.model import adapt, load_model
 from lens_neurons.sae import place_sae
+from lens_neurons.storage import Provenance
 from lens_neurons.topk_sae import TopKSAE
 
 TEXTS = {
@@ -20,6 +22,7 @@ TEXTS = {
     "fr": [text[::-1] for text in SAMPLE_TEXTS[:6]],
     "C/C++": ["int main() { return 0; }", " ".join(SAMPLE_TEXTS[:3])],
 }
+GOLDEN = Path(__file__).parent / "data" / "features_v1.safetensors"
 TABLES = ("tokens", "texts", "active_tokens", "active_texts", "sum", "largest", "smallest")
 
 
@@ -198,6 +201,36 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     (tmp_path / "short").write_bytes(data[:-4])
     with pytest.raises(StorageError, match="damaged"):
         FeatureStats.load(tmp_path / "short")
+
+
+def make_golden() -> FeatureStats:
+    """Return what the golden file of schema 1 holds."""
+    active = torch.arange(10).view(2, 1, 5) % 9
+    values = (active / 16).float()
+    return FeatureStats(
+        languages=("en", "sw"),
+        site="sae:mlp_out",
+        n_layers=3,
+        layers=(1,),
+        tokens=torch.tensor([9, 12]),
+        texts=torch.tensor([4, 5]),
+        active_tokens=active,
+        active_texts=active.clamp(max=4),
+        sum=active.double() / 2,
+        largest=1 + values,
+        smallest=values,
+        provenance=Provenance(
+            model="golden", n_layers=3, d_mlp=5, site="sae:mlp_out", extra={"saes": [{"layer": 1, "name": "golden"}]}
+        ),
+        notes={"about": "golden"},
+    )
+
+
+def test_the_golden_file_of_schema_1_loads():
+    found, wanted = FeatureStats.load(GOLDEN), make_golden()
+    for entry in dataclasses.fields(wanted):
+        mine, theirs = getattr(found, entry.name), getattr(wanted, entry.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, entry.name
 
 
 def test_values_that_are_not_finite_are_refused():

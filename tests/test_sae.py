@@ -12,10 +12,12 @@ from models import SAMPLE_TEXTS, save_folder, tiny
 from saes import make_sae
 
 from lens_neurons.batching import TokenPolicy, encode, make_batches
+from lens_neurons.corpus import PACKAGED, Corpus
 from lens_neurons.errors import ModelError, SettingError
 from lens_neurons.model import adapt, load_model
 from lens_neurons.sae import PlacedSAE, load_sae, place_sae, place_saes, read_values
 from lens_neurons.topk_sae import TopKSAE
+from lens_neurons.training.sae import evaluate_sae
 
 
 def slow_encode(sae: TopKSAE, x: list[float]) -> list[float]:
@@ -333,3 +335,25 @@ def test_reprs_are_short():
     assert repr(make_sae()) == "TopKSAE(6 -> 10 latents, k=3, mlp_out of layer 1)"
     assert repr(place_sae(make_sae(), name="mine")) == "PlacedSAE(mine: 6 -> 10 latents, mlp_out of layer 1)"
     assert isinstance(place_sae(place_sae(make_sae()), layer=2, name="x"), PlacedSAE)
+
+
+def test_the_packaged_one_fits_the_demo_model_and_explains_it():
+    sae, model = load_sae("demo"), load_model("demo")
+    assert repr(sae) == "PlacedSAE(demo: 192 -> 2048 latents, mlp_out of layer 4)"
+    assert sae.coder.notes["model"]["weights"] == adapt(model).weights_fingerprint()
+    assert sum(file.stat().st_size for file in (PACKAGED / "sae").iterdir()) < 3_000_000
+    found = evaluate_sae(model, sae.coder, Corpus.packaged("held_out").select(["en", "ht", "ta"]), texts=5)
+    assert found["active"] <= 16
+    assert found["explained_variance"] > 0.6
+
+
+def test_the_files_are_those_of_sparsify():
+    config = json.loads((PACKAGED / "sae" / "cfg.json").read_text())
+    weights = safetensors.torch.load_file(PACKAGED / "sae" / "sae.safetensors")
+    assert {name: tuple(value.shape) for name, value in weights.items()} == {
+        "encoder.weight": (config["num_latents"], config["d_in"]),
+        "encoder.bias": (config["num_latents"],),
+        "W_dec": (config["num_latents"], config["d_in"]),
+        "b_dec": (config["d_in"],),
+    }
+    assert (config["k"], config["activation"]) == (16, "topk")

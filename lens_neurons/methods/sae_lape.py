@@ -84,7 +84,7 @@ def sae_lape(
         raise DataError("sae_lape compares languages, so the recording needs at least two; record more languages.")
     if not 1 <= shared <= len(stats.languages):
         raise SettingError(f"shared={shared} must be 1 to {len(stats.languages)}, the number of languages.")
-    if per_layer is not None and (isinstance(per_layer, bool) or not 1 <= per_layer <= stats.n_latents):
+    if per_layer is not None and (type(per_layer) is not int or not 1 <= per_layer <= stats.n_latents):
         raise SettingError(f"per_layer={per_layer!r} must be 1 to {stats.n_latents}, the latents of a layer, or None.")
     if stats.provenance.policy.get("pack"):
         raise DataError("the texts were packed, so active texts are not known; record features with pack=False.")
