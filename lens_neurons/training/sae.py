@@ -208,7 +208,7 @@ class SAETrainer:
         values, index = before.relu().topk(self.config.k, dim=-1, sorted=False)
         # What the kept latents write: sum_j values_j * W_dec[index_j].
         written = F.embedding_bag(index, self.weights["w_dec"], per_sample_weights=values, mode="sum")
-        left = x - written - self.weights["b_dec"]
+        left = x - (written + self.weights["b_dec"])
         unexplained = left.square().sum() / (x - x.mean(dim=0)).square().sum()
         for group in self._optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self.learning_rate_share()
