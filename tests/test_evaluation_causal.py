@@ -14,6 +14,7 @@ from lens_neurons.errors import DataError, ProvenanceError, SettingError, Storag
 from lens_neurons.evaluation.causal import CausalRanking, causal_ranking
 from lens_neurons.evaluation.intervals import resample_counts
 from lens_neurons.evaluation.perplexity import PerplexityMatrix, perplexity_matrix
+from lens_neurons.evaluation.scoring import score_rows
 from lens_neurons.evaluation.tables import tidy
 from lens_neurons.neurons import NeuronSet
 
@@ -68,9 +69,57 @@ def test_every_method_silences_as_many_of_its_best_units(ranking, sets, parts) -
         best = NeuronSet.from_units(
             {code: units.flat(code)[:5] for code in LANGUAGES}, sites=units.sites, provenance=units.provenance
         )
-        expected = perplexity_matrix(model, best, CORPUS, random_draws=3, seed=2, progress=False, languages=list(TEXTS))
+        avoid = sets["one"].union_mask() | sets["two"].union_mask()
+        expected = perplexity_matrix(
+            model, best, CORPUS, random_draws=3, seed=2, progress=False, languages=list(TEXTS), avoid=avoid
+        )
         assert ranking.matrices[name].items.equals(expected.items)
         assert ranking.settings["units"][name] == dict.fromkeys(TEXTS, 5)
+
+
+def test_random_units_are_of_no_method(parts, sets, monkeypatch) -> None:
+    """Neither of the units that are silenced nor of those that were cut away, of whichever method and language."""
+    drawn: list[NeuronSet] = []
+
+    def seen(self, *args, **keywords):
+        drawn.append(random_like(self, *args, **keywords))
+        return drawn[-1]
+
+    random_like = NeuronSet.random_like
+    monkeypatch.setattr(NeuronSet, "random_like", seen)
+    causal_ranking(parts[0], sets, CORPUS, size=2, random_draws=4, progress=False)
+    whole = sets["one"].union_mask() | sets["two"].union_mask()
+    assert len(drawn) == 8
+    for draw in drawn:
+        assert not (draw.union_mask() & whole).any()
+        assert set(draw.counts().values()) == {2}
+
+
+def test_layers_without_other_units_are_noted(parts, sets) -> None:
+    _, adapter = parts
+    shape = (adapter.n_layers, adapter.d_mlp)
+    every = torch.zeros(shape, dtype=torch.bool)
+    every[1] = True
+    score = torch.arange(every.numel(), dtype=torch.float64).reshape(shape)
+    whole_layer = NeuronSet.from_masks(
+        dict.fromkeys(TEXTS, every), scores=dict.fromkeys(TEXTS, score), provenance=adapter.provenance()
+    )
+    found = causal_ranking(
+        parts[0], {"one": sets["one"], "layer": whole_layer}, CORPUS, size=2, random_draws=1, progress=False
+    )
+    assert any(note.startswith("'layer', random-0: layer 1 has 0 free units") for note in found.notes)
+
+
+def test_what_texts_cost_with_nothing_silenced_is_computed_once(parts, sets, monkeypatch) -> None:
+    conditions: list[str] = []
+
+    def counted(model, pairs, chosen, *args, **keywords):
+        conditions.extend(condition.label for condition in chosen)
+        return score_rows(model, pairs, chosen, *args, **keywords)
+
+    monkeypatch.setattr("lens_neurons.evaluation.perplexity.score_rows", counted)
+    causal_ranking(parts[0], sets, CORPUS, size=2, random_draws=0, progress=False)
+    assert len(conditions) == 1 + 2 * len(TEXTS)
 
 
 def test_without_a_size_it_is_that_of_the_smallest_set_in_each_language(parts, sets) -> None:
@@ -292,7 +341,9 @@ def test_what_cannot_be_ranked_is_said_before_any_work(parts, sets) -> None:
     other = NeuronSet.from_masks(
         {"en": sets["one"].mask("en")}, provenance=adapter.provenance().replace(weights="ab" * 32)
     )
+    wide = NeuronSet.from_masks({"en": torch.ones(2, 3, dtype=torch.bool)})
     wrong = [
+        (DataError, "different layers", lambda: causal_ranking(model, {**sets, "wide": wide}, CORPUS)),
         (DataError, "no set to rank", lambda: causal_ranking(model, {})),
         (SettingError, "size=0", lambda: causal_ranking(model, sets, size=0)),
         (DataError, "cannot be silenced", lambda: causal_ranking(model, {**sets, "q": attention}, CORPUS)),

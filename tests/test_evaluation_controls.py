@@ -93,6 +93,18 @@ def test_a_layer_short_of_free_neurons_is_named(parts) -> None:
     assert found.notes[0].startswith("random-0: layer 1 has 3 free units")
 
 
+def test_draws_keep_away_from_further_neurons(parts) -> None:
+    adapter, neurons, stats = parts
+    few = neurons.best(2)
+    found = treatments(adapter.provenance(), few, stats, ("fr", "ja"), {"=0": 6}, seed=0, avoid=neurons.union_mask())
+    drawn = [edit for one in found.items if one.label != "neurons" for edit in one.condition.edits(adapter)]
+    assert sum(len(edit.indices) for edit in drawn) == 2 * 6 * 2
+    assert not any(neurons.union_mask()[edit.layer][edit.indices].any() for edit in drawn)
+    with pytest.raises(DataError, match="7 entries") as caught:
+        treatments(adapter.provenance(), few, stats, ("fr",), {"=0": 1}, seed=0, avoid=torch.zeros(7, dtype=torch.bool))
+    sentence(caught.value)
+
+
 def test_what_does_not_belong_together_is_refused(parts) -> None:
     adapter, neurons, stats = parts
     other = adapter.provenance().replace(weights="other")

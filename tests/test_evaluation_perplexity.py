@@ -15,7 +15,7 @@ from evaluation_oracle import (
 from oracle import sentence
 
 from lens_neurons.corpus import Corpus
-from lens_neurons.errors import DataError, SettingError
+from lens_neurons.errors import DataError, ProvenanceError, SettingError
 from lens_neurons.evaluation.intervals import resample_counts
 from lens_neurons.evaluation.perplexity import PerplexityMatrix, perplexity_matrix
 from lens_neurons.evaluation.tables import COLUMNS, NONE, chosen, tidy
@@ -38,6 +38,17 @@ def parts():
 def matrix(parts) -> PerplexityMatrix:
     _, model, _, neurons = parts
     return perplexity_matrix(model, neurons, Corpus.from_texts(TEXTS), random_draws=2, seed=3, progress=False)
+
+
+def test_a_baseline_is_taken_over_from_the_same_texts_alone(matrix: PerplexityMatrix, parts) -> None:
+    _, model, _, neurons = parts
+    settings = {"random_draws": 2, "seed": 3, "progress": False, "baseline": matrix}
+    assert perplexity_matrix(model, neurons, Corpus.from_texts(TEXTS), **settings).items.equals(matrix.items)
+    with pytest.raises(ProvenanceError, match="corpus") as caught:
+        perplexity_matrix(model, neurons, Corpus.from_texts({**TEXTS, "fr": ["Il neige."]}), **settings)
+    sentence(caught.value)
+    with pytest.raises(ProvenanceError, match="policy"):
+        perplexity_matrix(model, neurons, Corpus.from_texts(TEXTS), max_tokens=4, **settings)
 
 
 def expected_nll(tiny, text: str, bos: bool = True) -> tuple[float, int]:

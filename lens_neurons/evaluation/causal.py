@@ -2,7 +2,7 @@
 
 Every method's sets are cut to the same number of best-ranked units a language, so that no method wins by taking more.
 A set is good if silencing it costs its own language much and the other languages little, by more than random units of
-the same layers do (design rule 16).
+the same layers do (design rule 16), which are drawn from outside the whole sets of all methods.
 
 What is silenced are MLP neurons. A unit at `gate_pre`, `gate_act` or `up` is a factor of its neuron's output, and one
 at `post` is that output: setting any of them to 0 leaves the neuron the bias alone, so all four are silenced alike.
@@ -299,7 +299,8 @@ def causal_ranking(
             None: in every language as many as the method with the fewest has there.
         languages: Languages to silence; default: all that every set and the corpus have. One in which a method has no
             unit is left out for all methods.
-        random_draws: Draws of random units for each method; 0 for none.
+        random_draws: Draws of random units for each method; 0 for none. They have as many units in every layer, none of
+            them in any method's whole set; `notes` names layers where too few others are left.
         seed: Seed of the draws and of the intervals.
         bos: BOS policy.
         max_tokens: Longest text in tokens, BOS included.
@@ -308,7 +309,8 @@ def causal_ranking(
         progress: Whether to show a progress bar for every method.
 
     Raises:
-        DataError: No set; a set without MLP neurons; no language in which every method has a unit.
+        DataError: No set; a set without MLP neurons; sets of different shapes; no language in which every method has a
+            unit.
         SettingError: A size below 1.
         ProvenanceError: A set is of another model.
     """
@@ -321,6 +323,10 @@ def causal_ranking(
     neurons: dict[str, NeuronSet] = {}
     for name, units in sets.items():
         neurons[name] = _neurons_of(name, units, notes)
+    shapes = {name: part.shape for name, part in neurons.items()}
+    if len(set(shapes.values())) > 1:
+        found = ", ".join(f"'{name}' {layers} x {width}" for name, (layers, width) in shapes.items())
+        raise DataError(f"the sets have different layers and neurons ({found}); rank sets of one model.")
     having = {f"units of '{name}'": part.languages for name, part in neurons.items()}
     wanted = chosen_languages(languages, **having, corpus=corpus.languages)
     counts = {name: part.counts() for name, part in neurons.items()}
@@ -352,6 +358,8 @@ def causal_ranking(
                 f"'{name}' has fewer than {limit:,} units, down to {fewest:,}, in {len(short)} of {len(wanted)} "
                 f"languages: {', '.join(short)}."
             )
+    # Random units come from outside all that any method found, not only outside the units that are silenced.
+    avoid = torch.stack([part.union_mask() for part in neurons.values()]).any(dim=0)
     matrices: dict[str, PerplexityMatrix] = {}
     for name, part in cut.items():
         matrices[name] = perplexity_matrix(
@@ -365,6 +373,8 @@ def causal_ranking(
             max_tokens=max_tokens,
             allow=allow,
             batch_tokens=batch_tokens,
+            avoid=avoid,
+            baseline=next(iter(matrices.values()), None),
             progress=progress,
         )
         notes += [f"'{name}', {note}" for note in matrices[name].notes]

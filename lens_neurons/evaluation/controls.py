@@ -3,6 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.adapter import Adapter
 from lens_neurons.edits import EditSite
@@ -72,6 +75,7 @@ def treatments(
     site: EditSite = "gate_act",
     layers: Collection[int] | None = None,
     allow: Collection[str] = (),
+    avoid: Bool[Tensor, "*unit"] | None = None,
 ) -> Treatments:
     """Return the treatments of some languages: their own neurons, then the random draws, factor by factor.
 
@@ -88,9 +92,10 @@ def treatments(
         site: Where the values are written.
         layers: Only in these layers.
         allow: In what the model may differ from the one that the neurons are of.
+        avoid: Further neurons that no draw may have, a mask [layer, neuron].
 
     Raises:
-        DataError: The set does not have one of the languages.
+        DataError: The set does not have one of the languages; a mask of another size.
         SettingError: A factor that needs a recording, without one; a negative number of draws.
         ProvenanceError: The neurons or the recording are of another model.
     """
@@ -102,10 +107,15 @@ def treatments(
             raise SettingError(f"random_draws={draws} is negative; use 5 or more, or 0 for no control.")
         if name != SILENCE and stats is None:
             raise SettingError(f"factor {name!r} needs stats=, what was recorded with the model.")
+    if avoid is not None and avoid.numel() != neurons.n_units:
+        raise DataError(
+            f"the mask of neurons to avoid has {avoid.numel()} entries and the model {neurons.n_units} neurons; give "
+            "one of layers x neurons."
+        )
     sets: list[NeuronSet] = []
     notes: list[str] = []
     for draw in range(max(factors.values(), default=0)):
-        drawn = neurons.random_like(derive_seed(seed, "control", draw), allow_short=True)
+        drawn = neurons.random_like(derive_seed(seed, "control", draw), avoid=avoid, allow_short=True)
         sets.append(drawn)
         notes.extend(f"{control_label(draw)}: {note}" for note in drawn.notes)
 

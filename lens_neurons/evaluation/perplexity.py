@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
+from torch import Tensor
 
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.batching import PairEncoding, TokenPolicy, encode
@@ -23,7 +25,7 @@ from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation.controls import SILENCE, Treatment, chosen_languages, treatments
 from lens_neurons.evaluation.intervals import CONFIDENCE, RESAMPLES, Floats, percentiles, resample_counts
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, Bos, ScoreRow, progress_bar, score_rows
-from lens_neurons.evaluation.tables import NEURONS, NONE, control_draws, grouped, load_table, save_table, tidy
+from lens_neurons.evaluation.tables import NEURONS, NONE, chosen, control_draws, grouped, load_table, save_table, tidy
 from lens_neurons.interventions import Condition
 from lens_neurons.model import Adapter, Model, adapt
 from lens_neurons.neurons import NeuronSet
@@ -33,6 +35,7 @@ TASK = "perplexity"
 KIND = "perplexity_matrix"
 RANDOM_DRAWS = 5
 _METRICS = ("nll", "perplexity")
+_SAME_TEXTS = ("weights", "dtype", "tokenizer", "processing", "policy", "corpus")
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,11 +289,7 @@ class PerplexityMatrix:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix: Parquet, or JSON Lines if the path ends in `.jsonl`."""
-        header = {
-            "notes": list(self.notes),
-            "settings": dict(self.settings),
-            "provenance": self.provenance.to_dict(),
-        }
+        header = {"notes": list(self.notes), "settings": dict(self.settings), "provenance": self.provenance.to_dict()}
         save_table(path, self.items, KIND, header)
 
     @classmethod
@@ -319,6 +318,8 @@ def perplexity_matrix(
     bos: Bos = "model",
     max_tokens: int | None = None,
     allow: Collection[str] = (),
+    avoid: Bool[Tensor, "*unit"] | None = None,
+    baseline: PerplexityMatrix | None = None,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: bool = True,
 ) -> PerplexityMatrix:
@@ -339,12 +340,15 @@ def perplexity_matrix(
         bos: BOS policy.
         max_tokens: Longest text in tokens, BOS included; longer ones are truncated. Default: the model's context.
         allow: In what the model may differ from the one that the neurons are of.
+        avoid: Further neurons that no random draw may have, such as those of other sets: a mask [layer, neuron].
+        baseline: A matrix of the same model and texts, whose values with nothing changed are taken over.
         batch_tokens: Padded tokens a batch.
         progress: Whether to show a progress bar.
 
     Raises:
         DataError: A language without neurons' entry, or without a text of two tokens.
         SettingError: An unknown intervention, or a factor without `stats`.
+        ProvenanceError: The neurons, the recording or the baseline are of another model, or the baseline of other text.
     """
     corpus = Corpus.packaged("held_out") if corpus is None else corpus
     adapter = adapt(model)
@@ -361,9 +365,16 @@ def perplexity_matrix(
         site=site,
         layers=layers,
         allow=allow,
+        avoid=avoid,
     )
     compared.require_writable(adapter)
-    blocks = _score(model, texts, compared.items, batch_tokens, progress)
+    provenance = adapter.provenance(site, policy.to_dict(), corpus.fingerprint_all(), seed)
+    known: Floats | None = None
+    if baseline is not None:
+        baseline.provenance.require_same(provenance, _SAME_TEXTS, what="the baseline and what is scored")
+        values = [chosen(baseline.items, condition=NONE, target=code, metric="nll")["value"] for code in texts]
+        known = np.concatenate([one.to_numpy() for one in values])
+    blocks = _score(model, texts, compared.items, batch_tokens, progress, known)
     settings = {
         "intervention": intervention,
         "languages": list(silenced),
@@ -378,7 +389,6 @@ def perplexity_matrix(
         "neurons_from": neurons.provenance.to_dict(),
         "neurons": {code: len(neurons[code]) for code in silenced},
     }
-    provenance = adapter.provenance(site, policy.to_dict(), corpus.fingerprint_all(), seed)
     return PerplexityMatrix(tidy(blocks), compared.notes, settings, provenance)
 
 
@@ -400,6 +410,7 @@ def _score(
     items: Sequence[Treatment],
     batch_tokens: int,
     progress: bool,
+    known: Floats | None,
 ) -> Iterator[dict[str, Any]]:
     pairs = [pair for own in texts.values() for pair in own.values()]
     tokens = np.array([len(pair.ids) - pair.answer_start for pair in pairs], dtype=np.float64)
@@ -419,14 +430,14 @@ def _score(
             }
 
     steered = sum(treatment.condition is not None for treatment in items)
-    with progress_bar(len(pairs) * (1 + steered), "perplexity", progress) as bar:
+    with progress_bar(len(pairs) * ((known is None) + steered), "perplexity", progress) as bar:
 
         def score(conditions: Sequence[Condition]) -> Floats:
             rows = [ScoreRow(i, pair) for i in range(len(conditions)) for pair in range(len(pairs))]
             sums = score_rows(model, pairs, conditions, rows, batch_tokens=batch_tokens, bar=bar)
             return -sums.reshape(len(conditions), len(pairs)) / tokens
 
-        unsteered = score([Condition.none()])[0]
+        unsteered = score([Condition.none()])[0] if known is None else known
         yield from blocks(tokens, "tokens", NONE, "", "")
         yield from blocks(unsteered, "nll", NONE, "", "")
         for language in dict.fromkeys(treatment.language for treatment in items):
