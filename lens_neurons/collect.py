@@ -54,6 +54,15 @@ class Collect:
             raise SettingError(f"responses_dtype={self.responses_dtype!r} is unknown; use 'float16' or 'float32'.")
         if self.importances not in (None, *_VARIANTS):
             raise SettingError(f"importances={self.importances!r} is unknown; use 'exact' or 'released'.")
+        # What was given need not be what was asked for.
+        sites: Any = self.responses
+        bins: Any = self.histograms
+        if not isinstance(sites, tuple | list) or not all(isinstance(site, str) for site in sites):
+            raise SettingError(f"responses={sites!r} must be a tuple of sites, such as ('linear',).")
+        if not isinstance(bins, Binning | None):
+            raise SettingError(f"histograms={bins!r} are no bins; use Bins() or NeuronBins.around(stats).")
+        if isinstance(self.saes, str):
+            raise SettingError(f"saes={self.saes!r} is a name; load it first, with load_sae({self.saes!r}).")
 
     def collectors(self, adapter: Adapter, site: str) -> list[Collector]:
         """Return new collectors for a model whose counts and sums are taken at a site.
@@ -80,7 +89,9 @@ class Collect:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
             if entry.name == "saes" and value is not None:
-                shown[entry.name] = [sae.to_dict() for sae in place_saes(value)]
+                # A name is that of a folder, which may be moved.
+                placed = [sae.to_dict() for sae in place_saes(value)]
+                shown[entry.name] = [{name: sae[name] for name in sae if name != "name"} for sae in placed]
             elif value != entry.default:
                 plain = value.to_dict() if isinstance(value, Binning) else value
                 shown[entry.name] = list(plain) if isinstance(plain, tuple) else plain

@@ -6,7 +6,7 @@ a batch and float64 across batches.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,10 @@ class PartialSums:
             truncated=self.truncated + other.truncated,
             split=self.split + other.split,
         )
+
+    def without_rows(self) -> "PartialSums":
+        """Return the sums without the means of single texts."""
+        return replace(self, row_positions=self.row_positions[:0], rows=self.rows[:0])
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return everything as named tensors."""

@@ -33,10 +33,12 @@ class Collector(ABC):
         name: Name of the field of `Recording` that it fills, and of its folder on disk.
         keeps_rows: Whether its parts are rows of texts ("positions" and "rows"), which stay in their files; others
             are added up.
+        needs_texts: Whether it must tell texts apart, so that packed rows, which hold several, are of no use to it.
     """
 
     name: str = ""
     keeps_rows: bool = False
+    needs_texts: bool = False
 
     @property
     @abstractmethod
@@ -81,6 +83,7 @@ class RowCollector(Collector):
     """A collector of one row a text: a number for every unit of some sites, from each text's first piece."""
 
     keeps_rows = True
+    needs_texts = True
 
     def __init__(
         self, adapter: Adapter, sites: Mapping[str, int], dtype: torch.dtype = torch.float32, statistic: str = "mean"

@@ -1,11 +1,10 @@
 """A recording: everything that one pass over a corpus collected, which every identification method reads from."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import quote
 
 import pandas as pd
 
@@ -13,13 +12,20 @@ from lens_neurons.activation_stats import FILE_NAME, ActivationStats
 from lens_neurons.errors import DataError, StorageError
 from lens_neurons.features import FeatureStats
 from lens_neurons.histograms import Histograms
-from lens_neurons.responses import ROWS_KIND, Rows, TextResponses, mapped_rows
+from lens_neurons.responses import TextResponses
+from lens_neurons.row_files import load_rows, save_all
 from lens_neurons.sharing import CardFacts, Shareable
-from lens_neurons.storage import SCHEMA, Provenance, load_json, load_tensors, save_json, save_tensors
+from lens_neurons.storage import Provenance, is_leftover, load_json
 
 # Parts whose rows of texts stay in files of their own, and those that are one file.
 ROW_PARTS = ("responses", "importances")
 _TABLES: dict[str, Any] = {"histograms": Histograms, "features": FeatureStats}
+
+# The part that each setting of `Collect` asks for.
+_PARTS = {"responses": "responses", "importances": "importances", "histograms": "histograms", "saes": "features"}
+
+# In what parts of one recording agree.
+_SAME = ("n_layers", "model", "revision", "dtype", "processing", "backend", "weights", "tokenizer", "policy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +54,21 @@ class Recording(Shareable):
     features: FeatureStats | None = None
 
     def __post_init__(self) -> None:
-        """Check that there is anything.
+        """Check that there is anything, and that it belongs together.
 
         Raises:
-            DataError: There is nothing.
+            DataError: There is nothing, or parts are of different languages.
+            ProvenanceError: Parts are of different models, tokenizers or policies.
         """
         if not self.parts:
             raise DataError("a recording needs at least one part; give stats= or another.")
+        for name, part in self.parts.items():
+            if tuple(part.languages) != self.languages:
+                raise DataError(
+                    f"parts of a recording must be of the same languages in the same order; {name} has "
+                    f"{', '.join(part.languages)} and another part {', '.join(self.languages)}."
+                )
+            self.provenance.require_same(part.provenance, _SAME, what="the parts of a recording")
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -134,17 +148,20 @@ class Recording(Shareable):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder that `load` reads: one file a part, and one a language for rows of texts."""
+        """Write a new folder that `load` reads: one file a part, and one a language for rows of texts.
+
+        Raises:
+            StorageError: The folder holds something already.
+        """
         folder = Path(path)
-        for name, value in self.parts.items():
-            if name not in ROW_PARTS:
+        if folder.exists() and (not folder.is_dir() or any(not is_leftover(entry) for entry in folder.iterdir())):
+            raise StorageError(f"{path} holds something already; give a folder that is new or empty.")
+        # The statistics come last: they say that the rest is there.
+        for name, value in reversed(self.parts.items()):
+            if name in ROW_PARTS:
+                save_all(folder, name, value)
+            else:
                 value.save(folder / (FILE_NAME if name == "stats" else f"{name}.safetensors"))
-                continue
-            for code in value.languages:
-                file = rows_file(folder, name, code, 0, value.counts()[code] - 1)
-                tensors = {"positions": value.positions(code), "rows": value.rows(code)}
-                save_tensors(file, tensors, {"schema": SCHEMA, "kind": ROWS_KIND, "language": code})
-            save_rows_header(folder, name, value)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = False) -> "Recording":
@@ -155,53 +172,32 @@ class Recording(Shareable):
             verify: Read every file of rows once and check its sum.
 
         Raises:
-            StorageError: There is no finished recording, or a file is damaged.
+            StorageError: There is no finished recording, or a file is gone or damaged.
         """
         folder = Path(path)
+        if lacking := missing_parts(folder):
+            raise StorageError(
+                f"{path} holds no finished recording ({lacking[0]} is not there); finish it with record(model, corpus, "
+                "path)."
+            )
         found: dict[str, Any] = {}
         if (folder / FILE_NAME).exists():
             found["stats"] = ActivationStats.load(folder)
         for name in ROW_PARTS:
             if (folder / f"{name}.json").exists():
-                header = load_json(folder / f"{name}.json")
-                parts = {code: rows_of(folder, name, code, verify=verify) for code in header["languages"]}
-                found[name] = TextResponses.from_header(header, parts)
+                found[name] = load_rows(folder, name, verify=verify)
         for name, kind in _TABLES.items():
             if (folder / f"{name}.safetensors").exists():
                 found[name] = kind.load(folder / f"{name}.safetensors")
-        if not found:
-            raise StorageError(f"{path} holds no finished recording; finish it with record(model, corpus, path).")
         return cls(**found)
 
 
-def rows_file(folder: Path, name: str, language: str, first: int, last: int) -> Path:
-    """Return where the rows of texts first to last are kept."""
-    # A group label may be anything: "C/C++" is no name of a file.
-    return folder / name / f"{quote(language, safe='')}-{first}-{last}.safetensors"
-
-
-def rows_of(folder: Path, name: str, language: str, *, verify: bool = False) -> tuple[Rows, ...]:
-    """Return the rows of a language that are on disk, in the order of its texts.
-
-    Raises:
-        StorageError: There are none, or a file is damaged.
-    """
-    start = quote(language, safe="") + "-"
-    files = [file for file in (folder / name).glob("*.safetensors") if _code_of(file) == start]
-    if not files:
-        raise StorageError(f"{folder / name} holds no rows of '{language}'; record or download it again.")
-    files.sort(key=lambda file: int(file.stem.rsplit("-", 2)[1]))
-    if verify:
-        for file in files:
-            load_tensors(file)
-    return tuple(mapped_rows(file) for file in files)
-
-
-def _code_of(file: Path) -> str:
-    return file.stem.rsplit("-", 2)[0] + "-"
-
-
-def save_rows_header(folder: Path, name: str, responses: TextResponses) -> None:
-    """Write what `Recording.load` needs beside the files of rows."""
-    header: Mapping[str, Any] = responses.header()
-    save_json(folder / f"{name}.json", header)
+def missing_parts(folder: Path) -> list[str]:
+    """Return the names of the files that a finished recording in a folder would have and that are not there."""
+    if not (folder / "manifest.json").exists():
+        there = [name for name in Recording.hub_files if "*" not in name and (folder / name).exists()]
+        return [] if there else [FILE_NAME]
+    settings = Provenance.from_dict(load_json(folder / "manifest.json")["provenance"]).extra.get("recording", {})
+    parts = [_PARTS[name] for name in settings.get("collect", {}) if name in _PARTS]
+    files = [FILE_NAME, *(f"{name}.json" if name in ROW_PARTS else f"{name}.safetensors" for name in parts)]
+    return [name for name in files if not (folder / name).exists()]

@@ -6,7 +6,6 @@ goes on where it stopped, and what comes out is bit-equal to that of a recording
 """
 
 import dataclasses
-import functools
 import itertools
 import logging
 import os
@@ -24,7 +23,7 @@ from lens_neurons.collecting import PartialSums, RunningSums
 from lens_neurons.collectors import Collector
 from lens_neurons.corpus import Corpus
 from lens_neurons.errors import DataError
-from lens_neurons.recorded import Recording, rows_of
+from lens_neurons.recorded import Recording
 from lens_neurons.recording_files import RecordingFolder
 from lens_neurons.recording_plan import PRESETS, RecordingJob, RecordingPlan, foresee, prepare
 from lens_neurons.responses import Rows
@@ -257,18 +256,17 @@ class _Pass:
         return Recording(stats, **{one.name: self._gather(one) for one in self._job.collectors})
 
     def _gather(self, one: Collector) -> Any:
+        corpora = {code: self._job.corpus.fingerprint(code) for code in self._job.corpus.languages}
         kept: dict[str, Any] = dict(self._extras[one.name])
         if one.keeps_rows and self._folder is not None:
-            kept = {code: rows_of(self._folder.path, one.name, code) for code in self._job.corpus.languages}
+            kept = {code: self._folder.rows(one.name, code, corpus) for code, corpus in corpora.items()}
         elif one.keeps_rows:
-            kept = {code: (Rows(part["positions"], part["rows"]),) for code, part in kept.items()}
+            kept = {code: (Rows(part["positions"], part["rows"], corpus=corpora[code]),) for code, part in kept.items()}
         return one.gather(kept, self._job.provenance)
 
     def _language(self, language: str) -> ActivationStats:
         self._bar.set_description(language)
-        known = None if self._folder is None else self._folder.language(language)
-        adds_up = any(not one.keeps_rows for one in self._job.collectors)
-        if known is not None and not adds_up:
+        if (known := self._known(language)) is not None:
             _pass_over(self._bar, int(known.tokens.sum()))
             return known
         total: PartialSums | None = None
@@ -276,27 +274,46 @@ class _Pass:
             total = part if total is None else total.add(part)
         return self._finished(language, total)
 
+    def _known(self, language: str) -> ActivationStats | None:
+        """Return the statistics of a language that an earlier call finished, where all that was taken is there."""
+        folder = self._folder
+        stats = None if folder is None else folder.language(language)
+        if folder is None or stats is None:
+            return None
+        rows = [one.name for one in self._job.collectors if one.keeps_rows]
+        totals = {one.name: folder.total(one.name, language) for one in self._job.collectors if not one.keeps_rows}
+        if len(folder.complete(language, rows)) < len(folder.spans(language)):
+            return None
+        there = {name: total for name, total in totals.items() if total is not None}
+        if len(there) < len(totals):
+            return None
+        for name, total in there.items():
+            self._extras[name][language] = total
+        return stats
+
     def _rounds(self, rule: StopRule) -> list[ActivationStats]:
         """Record the languages in turn, some shards of each, until the rule or the texts say stop."""
         streams = {code: self._shards(code) for code in self._job.corpus.languages}
         seen: dict[str, list[PartialSums]] = {code: [] for code in streams}
+        totals: dict[str, PartialSums] = {}
         going = set(streams)
         while going:
             for code in streams:
                 self._bar.set_description(code)
                 new = list(itertools.islice(streams[code], rule.check_every))
-                seen[code] += new
+                for part in new:
+                    totals[code] = totals[code].add(part) if code in totals else part
+                    seen[code].append(part.without_rows())
                 if len(new) < rule.check_every:
                     going.discard(code)
-            if empty := [code for code, parts in seen.items() if not parts]:
+            if empty := [code for code in streams if code not in totals]:
                 self._finished(empty[0], None)
             check = rule.check(seen)
             _LOGGER.info("%s", check.reason)
             if check.stop:
                 self._stopped = check.reason
                 break
-        totals = {code: functools.reduce(PartialSums.add, parts) for code, parts in seen.items()}
-        return [self._finished(code, total) for code, total in totals.items()]
+        return [self._finished(code, totals[code]) for code in streams]
 
     def _finished(self, language: str, total: PartialSums | None) -> ActivationStats:
         if total is None or total.tokens == 0:
@@ -314,13 +331,16 @@ class _Pass:
             corpora={language: self._job.corpus.fingerprint(language)},
         )
         if self._folder is not None:
+            for one in self._job.collectors:
+                if not one.keeps_rows:
+                    self._folder.save_total(one.name, language, self._extras[one.name][language])
             self._folder.save_language(language, stats)
         return stats
 
     def _shards(self, language: str) -> Iterator[PartialSums]:
         """Yield the sums of every shard in order, from disk where they are there."""
         folder, at = self._folder, 0
-        saved = {} if folder is None else folder.shards(language)
+        saved = {} if folder is None else folder.complete(language, [one.name for one in self._job.collectors])
         # What is on disk without a gap needs no tokenizing; a shard after a gap is taken when its turn comes.
         while folder is not None and at in saved:
             part, last = folder.load_shard(saved[at])

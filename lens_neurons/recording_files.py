@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from torch import Tensor
 
@@ -21,8 +20,9 @@ from lens_neurons.activation_stats import FILE_NAME, ActivationStats
 from lens_neurons.batching import Shard
 from lens_neurons.collecting import PartialSums
 from lens_neurons.errors import ProvenanceError, StorageError
-from lens_neurons.recorded import ROW_PARTS, Recording, rows_file, save_rows_header
-from lens_neurons.responses import ROWS_KIND
+from lens_neurons.recorded import ROW_PARTS, Recording, missing_parts
+from lens_neurons.responses import ROWS_KIND, Rows
+from lens_neurons.row_files import Span, file_name, rows_file, rows_of, save_rows
 from lens_neurons.storage import (
     SCHEMA,
     Provenance,
@@ -78,7 +78,8 @@ class RecordingFolder:
                 )
             return None
         self._require_same()
-        return Recording.load(self.path) if (self.path / FILE_NAME).exists() else None
+        # What is missing of a finished recording is made again from its shards.
+        return None if missing_parts(self.path) else Recording.load(self.path)
 
     def _require_same(self) -> None:
         manifest = self._manifest()
@@ -133,7 +134,7 @@ class RecordingFolder:
             if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
                 raise StorageError(f"{file} is no shard of a recording; move it elsewhere.")
             first = numbers[0]
-            if code == _file_name(language):
+            if code == file_name(language):
                 found[int(first)] = file
         return found
 
@@ -178,14 +179,51 @@ class RecordingFolder:
             StorageError: It is gone or damaged, or belongs to another recording.
         """
         file = rows_file(self.path, name, language, first, last)
+        return self._own(file, (language, first, last))
+
+    def _own(self, file: Path, place: tuple[str, int, int]) -> dict[str, Tensor]:
         tensors, header = load_tensors(file)
         require_kind(file, header, ROWS_KIND)
-        if header["recording"] != self.identity or (header["first"], header["last"]) != (first, last):
+        if header["recording"] != self.identity or (header["language"], header["first"], header["last"]) != place:
             raise StorageError(f"{file} belongs to another recording or was renamed; delete it and run again.")
         return tensors
 
+    def complete(self, language: str, names: Sequence[str]) -> dict[int, Path]:
+        """Return the shards of a language of which everything is on disk, what collectors took included."""
+        found = self.shards(language)
+        return {first: file for first, file in found.items() if self._has(language, _span(file), names)}
+
+    def _has(self, language: str, span: Span, names: Sequence[str]) -> bool:
+        return all(rows_file(self.path, name, language, *span).exists() for name in names)
+
+    def rows(self, name: str, language: str, corpus: str) -> tuple[Rows, ...]:
+        """Return the rows of a language whose shards are all there."""
+        return rows_of(self.path, name, language, self.spans(language), recording=self.identity, corpus=corpus)
+
+    def spans(self, language: str) -> list[Span]:
+        """Return first and last text of every shard of a language, in order."""
+        return sorted(_span(file) for file in self.shards(language).values())
+
+    def save_total(self, name: str, language: str, total: Mapping[str, Tensor]) -> None:
+        """Write what a collector added up over a finished language, and delete its shards' files, which it replaces."""
+        span = (0, max((last for _, last in self.spans(language)), default=0))
+        header = self._header(ROWS_KIND, Shard(language, *span, ()))
+        save_tensors(self._total_path(name, language), total, header)
+        for first, last in self.spans(language):
+            rows_file(self.path, name, language, first, last).unlink(missing_ok=True)
+
+    def total(self, name: str, language: str) -> dict[str, Tensor] | None:
+        """Return what a collector added up over a language, None where it has not finished or lost a shard since."""
+        file = self._total_path(name, language)
+        if not file.exists():
+            return None
+        return self._own(file, (language, 0, max((last for _, last in self.spans(language)), default=0)))
+
+    def _total_path(self, name: str, language: str) -> Path:
+        return self.path / "languages" / f"{file_name(language)}.{name}.safetensors"
+
     def _shard_path(self, language: str, first: int, last: int) -> Path:
-        return self.path / "shards" / f"{_file_name(language)}-{first}-{last}.safetensors"
+        return self.path / "shards" / f"{file_name(language)}-{first}-{last}.safetensors"
 
     def language(self, language: str) -> ActivationStats | None:
         """Return the statistics of a finished language, None if it is not."""
@@ -193,6 +231,11 @@ class RecordingFolder:
         if not file.exists():
             return None
         stats = ActivationStats.load(file)
+        # A language of which a shard is gone is not finished: the others cannot say what was in it.
+        if _gaps(self.spans(language)) or int(stats.texts.sum()) != sum(
+            last - first + 1 for first, last in self.spans(language)
+        ):
+            return None
         stats.provenance.require_same(self._provenance, set(_SAME) - {"corpus"}, what=f"{file} and this call")
         return stats
 
@@ -201,7 +244,7 @@ class RecordingFolder:
         stats.save(self._language_path(language))
 
     def _language_path(self, language: str) -> Path:
-        return self.path / "languages" / f"{_file_name(language)}.safetensors"
+        return self.path / "languages" / f"{file_name(language)}.safetensors"
 
     def finish(self, made: Recording) -> None:
         """Clear away what killed calls left half-written, and write the result, the statistics last."""
@@ -212,7 +255,8 @@ class RecordingFolder:
         stats = parts.pop("stats")
         for name, value in parts.items():
             if name in ROW_PARTS:
-                save_rows_header(self.path, name, value)
+                spans = {code: self.spans(code) for code in value.languages}
+                save_rows(self.path, name, value, spans, self.identity)
             else:
                 value.save(self.path / f"{name}.safetensors")
         stats.save(self.path / FILE_NAME)
@@ -229,10 +273,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
 
 
+def _span(file: Path) -> Span:
+    _, first, last = file.stem.rsplit("-", 2)
+    return int(first), int(last)
+
+
+def _gaps(spans: Sequence[Span]) -> bool:
+    return any(first != end for (first, _), end in zip(spans, [0, *(last + 1 for _, last in spans)], strict=False))
+
+
 def _checksum(manifest: Mapping[str, Any]) -> str:
     return sha256_of(json.dumps(manifest, sort_keys=True, ensure_ascii=False))
-
-
-def _file_name(language: str) -> str:
-    # A group label may be anything: "C/C++" is no name of a file.
-    return quote(language, safe="")

@@ -111,9 +111,10 @@ class RecordingJob:
         """
         made = () if self.collect is None else self.collect.collectors(self.adapter, self.site)
         for one in made:
-            if one.keeps_rows and self.policy.pack:
+            if one.needs_texts and self.policy.pack:
                 raise SettingError(
-                    f"{one.name} are one row a text, and packed rows hold several; use pack=False, or leave them out."
+                    f"{one.name} are counted text by text, and packed rows hold several texts; use pack=False, or "
+                    "leave them out."
                 )
             if self.adapter.processed and (changed := [site for site in one.sites if site in _NEEDS_RAW]):
                 raise ModelError(
@@ -155,8 +156,8 @@ def prepare(
     shard_tokens: int,
     preset: str | None,
     seed: int,
-    collect: Collect | None = None,
-    stop_when: StopRule | None = None,
+    collect: Any = None,
+    stop_when: Any = None,
     **policy: Any,
 ) -> RecordingJob:
     """Return what the arguments of `record` ask for, checked.
@@ -190,6 +191,10 @@ def prepare(
     texts = corpus if languages is None else corpus.select(languages)
     if not texts.languages:
         raise DataError("there is no language to record; give languages= or a corpus with at least one.")
+    if not isinstance(collect, Collect | None):
+        raise SettingError(f"collect={collect!r} is no Collect; use collect_for([...]) with names of methods.")
+    if not isinstance(stop_when, StopRule | None):
+        raise SettingError(f"stop_when={stop_when!r} is no rule; use until_stable(0.9) or another StopRule.")
     # A packed row holds several texts, so there is no mean of a single one.
     kept = 0 if rules.pack else kept
     provenance = adapter.provenance(site=site, policy=rules.to_dict(), corpus=texts.fingerprint_all(), seed=seed)
@@ -251,7 +256,8 @@ def foresee(job: RecordingJob, *, saved: bool) -> RecordingPlan:
     counts = [n for n in texts.values() if n is not None]
     most = max((_texts_a_shard(job, texts[code], tokens[code]) for code in tokens), default=1)
     if disk is not None and len(counts) == len(texts):
-        disk += row * sum(counts) + table * (sum(known) + len(tokens))
+        # A language's shards are added up and deleted when it is finished.
+        disk += row * sum(counts) + table * (max(known) + 2 * len(tokens))
     held = row * (most if saved else sum(counts)) + table * (3 if saved else 2 + len(tokens))
     return RecordingPlan(
         model=model.name,

@@ -5,6 +5,7 @@ another number a text and unit; `statistic` says which. Units are numbered flat:
 index. Large recordings stay on disk: rows are read file by file and only the units that are asked for.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from lens_neurons.errors import DataError, SettingError, StorageError
 from lens_neurons.languages import canonical
-from lens_neurons.storage import SCHEMA, Provenance, load_tensors, require_kind, save_tensors
+from lens_neurons.storage import SCHEMA, Provenance, corpus_of, load_tensors, require_kind, save_tensors
 
 KIND = "text_responses"
 ROWS_KIND = "text_rows"
+
+# Units whose quantiles are found at once.
+_UNITS_AT_ONCE = 1 << 16
 
 # What must agree before rows go together.
 _SAME = (
@@ -37,11 +41,15 @@ class Rows:
 
     Attributes:
         positions: Number of each row's text in its corpus.
-        values: The rows, or the file that holds them under the name "rows".
+        values: A table of rows, or the file that holds it under the name "rows".
+        chosen: Which rows of the table these are, in order; None: all.
+        corpus: Fingerprint of the texts, "" where it is unknown.
     """
 
     positions: Int64[Tensor, " text"]
-    values: Float[Tensor, "text unit"] | Path
+    values: Float[Tensor, "all unit"] | Path
+    chosen: Int64[Tensor, " text"] | None = None
+    corpus: str = ""
 
     def read(self, start: int, stop: int) -> Float[Tensor, "text part"]:
         """Return the columns start to stop of all rows.
@@ -49,14 +57,22 @@ class Rows:
         Raises:
             StorageError: The file is gone or damaged.
         """
+        found = self._table(start, stop)
+        return found if self.chosen is None else found[self.chosen]
+
+    def _table(self, start: int, stop: int) -> Float[Tensor, "all part"]:
         if isinstance(self.values, Tensor):
             return self.values[:, start:stop]
         try:
             with safe_open(self.values, framework="pt") as stream:
-                # A copy, for a slice keeps its file mapped: with those of many files at once, most of them in memory.
+                # The slice is a view into the whole file, which would stay mapped as long as the rows live.
                 return stream.get_slice("rows")[:, start:stop].clone()
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{self.values} cannot be read ({error}); record or download it again.") from None
+
+    def take(self, rows: Int64[Tensor, " taken"]) -> "Rows":
+        """Return some of the rows, in the order given; nothing is read for it."""
+        return replace(self, positions=self.positions[rows], chosen=rows if self.chosen is None else self.chosen[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +101,7 @@ class TextResponses:
         sites: Mapping[str, tuple[int, int]],
         statistic: str = "mean",
         positions: Mapping[str, Int64[Tensor, " _"]] | None = None,
+        corpora: Mapping[str, str] | None = None,
         provenance: Provenance | None = None,
     ) -> "TextResponses":
         """Return responses from tables in memory.
@@ -94,20 +111,29 @@ class TextResponses:
             sites: Site to its number of layers and of units a layer.
             statistic: What the numbers are.
             positions: Language to the number of each text in its corpus; default: counted from 0.
+            corpora: Language to a name of its texts: rows of one corpus are merged with those of another, but never a
+                text of the same twice.
             provenance: What the rows come from.
 
         Raises:
-            DataError: A table with another number of units than the sites have, or without a row.
+            DataError: A table with another number of units than the sites have, or without a row; a language twice.
         """
         total = sum(layers * width for layers, width in sites.values())
         parts: dict[str, tuple[Rows, ...]] = {}
         for label, table in rows.items():
-            if table.shape[1] != total or not table.shape[0]:
+            if table.dim() != 2 or table.shape[1] != total or not table.shape[0]:
                 raise DataError(
                     f"rows of '{label}' have shape {tuple(table.shape)}; expected at least one text, {total} units."
                 )
             numbers = torch.arange(len(table)) if positions is None else positions[label]
-            parts[canonical(label)] = (Rows(numbers, table),)
+            if len(numbers) != len(table):
+                raise DataError(f"'{label}' has {len(table)} rows and {len(numbers)} positions; give one for each row.")
+            code = canonical(label)
+            if code in parts:
+                raise DataError(f"'{label}' is language '{code}', which is given twice; name each language once.")
+            parts[code] = (Rows(numbers, table, corpus=(corpora or {}).get(label, "")),)
+        if not parts:
+            raise DataError("there are no rows; give the table of at least one language.")
         known = provenance or Provenance.unknown(next(iter(sites.values())), "+".join(sites))
         return cls(parts, dict(sites), statistic, known)
 
@@ -188,13 +214,14 @@ class TextResponses:
         if tuple(sites) == tuple(self.sites):
             return self
         spans = [self.span(site) for site in sites]
-        parts = {
-            code: tuple(
-                Rows(part.positions, torch.cat([part.read(first, last) for first, last in spans], dim=1))
-                for part in own
-            )
-            for code, own in self.parts.items()
-        }
+        if not spans:
+            raise DataError(f"name at least one site; there are responses at {', '.join(self.sites)}.")
+
+        def reduced(part: Rows) -> Rows:
+            table = torch.cat([part.read(first, last) for first, last in spans], dim=1)
+            return replace(part, values=table, chosen=None)
+
+        parts = {code: tuple(reduced(part) for part in own) for code, own in self.parts.items()}
         chosen = {site: self.sites[site] for site in sites}
         width = chosen[sites[0]][1] if len(sites) == 1 else self.provenance.d_mlp
         known = self.provenance.replace(site="+".join(sites), d_mlp=width)
@@ -214,11 +241,14 @@ class TextResponses:
         if site is None and len(self.sites) > 1:
             raise DataError(f"there are responses at {', '.join(self.sites)}; name one of them with site=.")
         name = site or next(iter(self.sites))
-        first, last = self.span(name)
-        ordered = self.rows(language, first, last).float().sort(dim=0).values
-        rank = q * (len(ordered) - 1)
-        low, high = ordered[int(rank)], ordered[min(int(rank) + 1, len(ordered) - 1)]
-        return torch.lerp(low, high, rank - int(rank)).reshape(self.sites[name])
+        begin, end = self.span(name)
+        found: list[Tensor] = []
+        for first in range(begin, end, _UNITS_AT_ONCE):
+            ordered = self.rows(language, first, min(first + _UNITS_AT_ONCE, end)).float().sort(dim=0).values
+            rank = q * (len(ordered) - 1)
+            low, high = ordered[int(rank)], ordered[min(int(rank) + 1, len(ordered) - 1)]
+            found.append(torch.lerp(low, high, rank - int(rank)))
+        return torch.cat(found).reshape(self.sites[name])
 
     def median(self, language: str, site: str | None = None) -> Float32[Tensor, "layer unit"]:
         """Return the median over a language's texts of every unit of a site (of an even number the middle two's mean).
@@ -232,21 +262,40 @@ class TextResponses:
         """Return the responses of some languages, in the order given.
 
         Raises:
-            DataError: One was not recorded.
+            DataError: One was not recorded, or none is named.
         """
-        return replace(self, parts={canonical(label): self._own(label) for label in languages})
+        return self._with({canonical(label): self._own(label) for label in languages})
+
+    def _with(self, parts: Mapping[str, tuple[Rows, ...]]) -> "TextResponses":
+        if not parts:
+            raise DataError(f"name at least one language; there are {', '.join(self.languages)}.")
+        corpora = {code: "+".join(sorted({part.corpus for part in own})) for code, own in parts.items()}
+        return replace(self, parts=parts, provenance=self.provenance.replace(corpus=corpus_of(corpora)))
 
     def texts(self, chosen: Mapping[str, Sequence[int] | Int64[Tensor, " _"]]) -> "TextResponses":
-        """Return some rows of each language, in memory.
+        """Return some rows of each language; nothing is read for it.
 
         Args:
             chosen: Language to the rows to keep, counted in the order of `rows`.
+
+        Raises:
+            DataError: There is no such row, or no such language.
         """
         parts: dict[str, tuple[Rows, ...]] = {}
         for label, wanted in chosen.items():
-            at = torch.as_tensor(wanted, dtype=torch.int64)
-            parts[canonical(label)] = (Rows(self.positions(label)[at], self.rows(label)[at]),)
-        return replace(self, parts=parts)
+            at, own = torch.as_tensor(wanted, dtype=torch.int64), self._own(label)
+            ends = torch.tensor([len(part.positions) for part in own]).cumsum(dim=0)
+            if len(at) and not 0 <= int(at.min()) <= int(at.max()) < int(ends[-1]):
+                raise DataError(f"'{label}' has rows 0 to {int(ends[-1]) - 1}; {wanted} names another.")
+            owner = torch.searchsorted(ends, at, right=True)
+            # Runs of rows of one part stay together, so that the order asked for is kept.
+            runs = [0, *(1 + (owner[1:] != owner[:-1]).nonzero()[:, 0]).tolist(), len(at)]
+            parts[canonical(label)] = tuple(
+                own[int(owner[i])].take(at[i:j] - (ends[owner[i]] - len(own[int(owner[i])].positions)))
+                for i, j in itertools.pairwise(runs)
+                if i < j
+            )
+        return self._with(parts)
 
     def merge(self, *others: "TextResponses") -> "TextResponses":
         """Return these rows with those of other languages, or of further texts of the same, of the same model.
@@ -262,23 +311,26 @@ class TextResponses:
                     f"responses ({self.statistic}) at {dict(self.sites)} and ({other.statistic}) at "
                     f"{dict(other.sites)} cannot be merged; record both with the same sites."
                 )
-            if self.provenance.known and other.provenance.known:
-                self.provenance.require_same(other.provenance, _SAME, what="the recordings")
+            self.provenance.require_same(other.provenance, _SAME, what="the recordings")
             for code, own in other.parts.items():
                 parts[code] = (*parts.get(code, ()), *own)
-        made = replace(self, parts=parts)
-        for code in made.languages:
-            numbers = made.positions(code)
-            if len(numbers.unique()) != len(numbers):
-                raise DataError(f"a text of '{code}' is in more than one recording; leave one of the two out.")
-        return made
+        for code, own in parts.items():
+            known = [(part.corpus, position) for part in own for position in part.positions.tolist()]
+            if len(set(known)) != len(known):
+                raise DataError(
+                    f"a text of '{code}' is in more than one recording; leave one of the two out, or name the corpora."
+                )
+        return self._with(parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically, with a checksum."""
         tensors: dict[str, Tensor] = {}
-        for number, code in enumerate(self.languages):
-            tensors[f"{number}.rows"], tensors[f"{number}.positions"] = self.rows(code), self.positions(code)
-        save_tensors(path, tensors, {"kind": KIND, **self.header()})
+        for number, own in enumerate(self.parts.values()):
+            for i, part in enumerate(own):
+                tensors[f"{number}.{i}.rows"] = part.read(0, self.n_units)
+                tensors[f"{number}.{i}.positions"] = part.positions
+        corpora = [[part.corpus for part in own] for own in self.parts.values()]
+        save_tensors(path, tensors, {"kind": KIND, **self.header(), "corpora": corpora})
 
     def header(self) -> dict[str, Any]:
         """Return everything but the rows as JSON values."""
@@ -301,7 +353,10 @@ class TextResponses:
         tensors, header = load_tensors(path)
         require_kind(path, header, KIND)
         parts = {
-            code: (Rows(tensors[f"{number}.positions"], tensors[f"{number}.rows"]),)
+            code: tuple(
+                Rows(tensors[f"{number}.{i}.positions"], tensors[f"{number}.{i}.rows"], corpus=corpus)
+                for i, corpus in enumerate(header["corpora"][number])
+            )
             for number, code in enumerate(header["languages"])
         }
         return cls.from_header(header, parts)
@@ -314,16 +369,26 @@ class TextResponses:
         return cls(parts, sites, header["statistic"], known, dict(header["notes"]))
 
 
-def mapped_rows(path: Path) -> Rows:
+def mapped_rows(path: Path, expected: Mapping[str, Any] | None = None) -> Rows:
     """Return the rows in a file of a recording; its positions are read, its rows stay where they are.
 
+    Args:
+        path: The file.
+        expected: What its header must say.
+
     Raises:
-        StorageError: The file is damaged or of another kind.
+        StorageError: The file is gone, damaged or of another kind, or its header says something else.
     """
     try:
         with safe_open(path, framework="pt") as stream:
             header = json.loads((stream.metadata() or {})["lens_neurons"])
             require_kind(path, header, ROWS_KIND)
-            return Rows(stream.get_tensor("positions"), path)
+            found = Rows(stream.get_tensor("positions").clone(), path)
+    except FileNotFoundError:
+        raise StorageError(f"{path} is gone; call record again with the same path, or download it again.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StorageError(f"{path} is damaged or no file of rows ({error}); record it again.") from None
+    for name, value in (expected or {}).items():
+        if header.get(name) != value:
+            raise StorageError(f"{path} is of another recording or another place in it ({name}); delete it.")
+    return found

@@ -46,6 +46,10 @@ _HOOKS = {
 }
 
 
+# What the tensors of an SAE are called, in SAELens, here and elsewhere.
+_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "log_threshold", "W_gate", "b_gate", "r_mag", "b_mag")
+
+
 @dataclass(frozen=True, eq=False)
 class PlacedSAE:
     """A sparse autoencoder and where in a model it reads.
@@ -57,7 +61,7 @@ class PlacedSAE:
         d_in: Width of what it reads.
         n_latents: Number of latents.
         name: What it is called in results.
-        fingerprint: Hash of its weights; "" where it has no decoder matrix to look at.
+        fingerprint: Hash of its weights and of how many latents it keeps; "" where it shows no weights.
         centred: Whether it was trained on a model with centred weights, as TransformerLens's `from_pretrained` makes
             them.
     """
@@ -307,10 +311,26 @@ def _decoder(sae: Any) -> Tensor | None:
 
 
 def _fingerprint(sae: Any) -> str:
-    decoder = _decoder(sae)
-    if decoder is None:
+    """Return a hash of everything that decides the latents: of the weights, 2,048 values of each, and k."""
+    digest: list[str] = []
+    for name in _WEIGHTS:
+        found = next(
+            (value for given in (name, name.lower()) if (value := getattr(sae, given, None)) is not None), None
+        )
+        if isinstance(found, Tensor) and found.numel():
+            flat = found.detach().flatten()
+            some = torch.cat([flat[:1024], flat[:: -(-len(flat) // 1024)]]).to("cpu", torch.float32)
+            digest.append(f"{name.lower()} {tuple(found.shape)} {sha256_of(some.numpy().tobytes())}")
+    if not digest:
         return ""
-    return sha256_of(decoder.detach().flatten()[:1024].to("cpu", torch.float32).numpy().tobytes())
+    config = getattr(sae, "cfg", None)
+    settings = getattr(config, "activation_fn_kwargs", None)
+    kept = [
+        getattr(sae, "k", None),
+        getattr(config, "k", None),
+        dict(settings) if isinstance(settings, Mapping) else None,
+    ]
+    return sha256_of("\n".join([*digest, str([value for value in kept if value is not None])]))
 
 
 def _dense(made: Any, n_latents: int) -> Tensor | None:

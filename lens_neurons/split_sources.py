@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class _Shards(Source):
     drawn = "shards"
 
     def __init__(self, parts: Mapping[str, Sequence[PartialSums]], provenance: Provenance) -> None:
-        self._parts = {code: [_without_rows(part) for part in own] for code, own in parts.items()}
+        self._parts = {code: [part.without_rows() for part in own] for code, own in parts.items()}
         self.sizes = {code: len(own) for code, own in parts.items()}
         self.provenance = provenance
 
@@ -132,7 +131,7 @@ class _SavedShards(_Shards):
     def load(self, language: str, number: int) -> PartialSums:
         if (language, number) in self._kept:
             return self._kept[language, number]
-        part = _without_rows(self._folder.load_shard(self._files[language][number])[0])
+        part = self._folder.load_shard(self._files[language][number])[0].without_rows()
         size = 4 * 8 * part.positive.numel()
         if size <= self._free:
             self._free -= size
@@ -154,11 +153,6 @@ class _HalfOfShards(Half):
                 self._sums[code] = self._sums[code].add(part) if code in self._sums else part
             self._had[code] = n
         return ActivationStats.from_partials(self._sums, provenance=self._source.provenance)
-
-
-def _without_rows(part: PartialSums) -> PartialSums:
-    # The means of single texts are kept of the first texts only, so they are in a few shards and would mislead.
-    return replace(part, row_positions=part.row_positions[:0], rows=part.rows[:0])
 
 
 def source_of(data: Any, method: str) -> Source:

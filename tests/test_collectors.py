@@ -1,6 +1,7 @@
 """Tests of collecting in one pass: text responses against forward hooks of plain transformers; resuming; refusals."""
 
 import functools
+import shutil
 
 import pytest
 import torch
@@ -117,9 +118,8 @@ def assert_same(one: Recording, other: Recording) -> None:
         for language in one.languages:
             assert torch.equal(one.histograms.counts[language], other.histograms.counts[language])
     if one.features is not None:
-        for name in ("active", "active_texts", "total"):
-            if hasattr(one.features, name):
-                assert torch.equal(getattr(one.features, name), getattr(other.features, name))
+        for name in ("tokens", "texts", "active_tokens", "active_texts", "sum", "largest", "smallest"):
+            assert torch.equal(getattr(one.features, name), getattr(other.features, name))
 
 
 def test_collectors_change_no_sum_and_work_beside_each_other(corpus):
@@ -297,3 +297,93 @@ def test_a_stop_rule_ends_the_recording_early_and_resuming_ends_at_the_same_shar
     assert_same(record(load(), corpus, tmp_path / "r", collect=LINEAR, stop_when=AfterThree(), **small), made)
     with pytest.raises(ProvenanceError):
         record(load(), corpus, tmp_path / "r", collect=LINEAR, **small)
+
+
+FOLDERS = ("shards", "responses", "importances", "histograms", "features", "languages")
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A recording of everything, interrupted in its second language."""
+    folder = tmp_path_factory.mktemp("interrupted") / "r"
+    run, left = adapt(load()).run_until_last_site, 7
+
+    def stop(tokens, mask, *more):
+        nonlocal left
+        left -= (folder / "manifest.json").exists()
+        if left < 0:
+            raise KeyboardInterrupt
+        run(tokens, mask, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt(load()), "run_until_last_site", stop)
+        with pytest.raises(KeyboardInterrupt):
+            record(load(), Corpus.from_texts(TEXTS), folder, collect=everything(), **{**SMALL, "shard_tokens": 20})
+    assert len(list((folder / "languages").iterdir())) == 3
+    return folder
+
+
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_any_lost_file_is_made_again(tmp_path, corpus, interrupted, name, which):
+    small = {**SMALL, "shard_tokens": 20}
+    expected = record(load(), corpus, collect=everything(), **small)
+    shutil.copytree(interrupted, tmp_path / "r")
+    sorted((tmp_path / "r" / name).iterdir())[which].unlink()
+    assert_same(record(load(), corpus, tmp_path / "r", collect=everything(), **small), expected)
+    assert_same(Recording.load(tmp_path / "r", verify=True), expected)
+
+
+@pytest.mark.parametrize(
+    "lost", ["responses.json", "histograms.safetensors", "features.safetensors", "stats.safetensors"]
+)
+def test_a_lost_result_is_made_again_and_never_left_out(tmp_path, corpus, lost):
+    expected = record(load(), corpus, tmp_path / "r", collect=everything(), **SMALL)
+    (tmp_path / "r" / lost).unlink()
+    with pytest.raises(StorageError, match="no finished recording") as caught:
+        Recording.load(tmp_path / "r")
+    sentence(caught.value)
+    assert_same(record(load(), corpus, tmp_path / "r", collect=everything(), **SMALL), expected)
+    assert_same(Recording.load(tmp_path / "r"), expected)
+
+
+def test_rows_of_another_place_or_recording_are_refused(tmp_path, corpus):
+    record(load(), corpus, tmp_path / "r", collect=LINEAR, **SMALL)
+    files = sorted((tmp_path / "r" / "responses").glob("en-*"))
+    foreign = sorted((tmp_path / "r" / "responses").glob("C*"))
+    kept = files[0].read_bytes()
+    for other in (files[1], foreign[0]):
+        shutil.copy(other, files[0])
+        with pytest.raises(StorageError) as caught:
+            Recording.load(tmp_path / "r")
+        sentence(caught.value)
+    files[0].write_bytes(kept)
+    record(load(), corpus.limit(4), tmp_path / "s", collect=LINEAR, **SMALL)
+    twin = tmp_path / "s" / "responses" / files[0].name
+    assert twin.exists()
+    shutil.copy(twin, files[0])
+    with pytest.raises(StorageError, match="recording"):
+        Recording.load(tmp_path / "r")
+    text = tmp_path / "s" / "responses.json"
+    text.write_text(text.read_text("utf-8").replace('"en"', '"de"'), "utf-8")
+    with pytest.raises(StorageError, match="changed"):
+        Recording.load(tmp_path / "s")
+
+
+def test_a_shard_file_that_outlived_its_sums_is_written_again(tmp_path, corpus):
+    expected = record(load(), corpus, collect=everything(), **SMALL)
+    record(load(), corpus, tmp_path / "r", collect=everything(), **SMALL)
+    # As a kill between the collectors' files of a shard and its sums leaves it.
+    last = sorted((tmp_path / "r" / "shards").glob("en-*"))[-1]
+    last.unlink()
+    shutil.rmtree(tmp_path / "r" / "languages")
+    (tmp_path / "r" / "stats.safetensors").unlink()
+    assert_same(record(load(), corpus, tmp_path / "r", collect=everything(), **SMALL), expected)
+
+
+def test_packed_texts_are_refused_where_texts_are_told_apart(corpus):
+    for collect in (LINEAR, Collect(saes=some_sae())):
+        with pytest.raises(SettingError, match="packed") as caught:
+            record(load(), corpus, collect=collect, pack=True, **SMALL)
+        sentence(caught.value)
+    assert record(load(), corpus, collect=Collect(histograms=Bins(n=20)), pack=True, **SMALL).histograms is not None

@@ -115,6 +115,13 @@ def test_saved_and_loaded(tmp_path, dtype):
         lambda made: list(made.blocks(0)),
         lambda made: TextResponses.from_rows({"en": torch.zeros(2, 3)}, sites=SITES),
         lambda made: TextResponses.from_rows({"en": torch.zeros(0, N)}, sites=SITES),
+        lambda made: TextResponses.from_rows({}, sites=SITES),
+        lambda made: TextResponses.from_rows({"en": torch.zeros(2, N), "english": torch.zeros(2, N)}, sites=SITES),
+        lambda made: TextResponses.from_rows(
+            {"en": torch.zeros(2, N)}, sites=SITES, positions={"en": torch.zeros(3, dtype=torch.int64)}
+        ),
+        lambda made: made.only(),
+        lambda made: made.select([]),
         lambda made: Recording(),
         lambda made: Recording(responses=made).part("stats", "lape"),
     ],
@@ -156,6 +163,48 @@ def test_a_recording_is_saved_loaded_selected_and_merged(tmp_path):
     with pytest.raises(StorageError) as caught:
         Recording.load(tmp_path)
     sentence(caught.value)
+    with pytest.raises(StorageError, match="something already") as caught:
+        made.save(tmp_path / "r")
+    sentence(caught.value)
+
+
+def test_parts_of_a_recording_belong_together():
+    with pytest.raises(DataError) as caught:
+        Recording(stats_of("en"), make())
+    sentence(caught.value)
+    one = make(provenance=Provenance(model="m", weights="1"))
+    with pytest.raises(ProvenanceError):
+        Recording(responses=one, importances=make(provenance=Provenance(model="m", weights="2")))
+
+
+def test_further_texts_of_a_language_are_those_of_another_corpus():
+    parts = [
+        TextResponses.from_rows({"en": torch.full((2, N), float(i))}, sites=SITES, corpora={"en": name})
+        for i, name in enumerate(("news", "wiki"))
+    ]
+    both = parts[0].merge(parts[1])
+    assert both.counts() == {"en": 4}
+    assert both.rows("en")[:, 0].tolist() == [0, 0, 1, 1]
+    with pytest.raises(DataError) as caught:
+        both.merge(parts[1])
+    sentence(caught.value)
+
+
+def test_rows_are_taken_lazily_and_in_the_order_asked_for(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    more = TextResponses.from_rows({"en": torch.randn(3, N, generator=generator)}, sites=SITES, corpora={"en": "b"})
+    both = make().select(["en"]).merge(more)
+    whole = both.rows("en")
+    for wanted in ([0, 7, 3, 6, 1], [7], list(range(8)), [4, 5, 4]):
+        some = both.texts({"en": wanted})
+        assert torch.equal(some.rows("en"), whole[wanted])
+        assert torch.equal(some.rows("en", 2, 5), whole[wanted, 2:5])
+        again = some.texts({"en": list(range(len(wanted)))[::-1]})
+        assert torch.equal(again.rows("en"), whole[wanted[::-1]])
+    for wrong in ([8], [-1]):
+        with pytest.raises(DataError) as caught:
+            both.texts({"en": wrong})
+        sentence(caught.value)
 
 
 def test_rows_stay_in_their_files_until_they_are_read(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import sys
@@ -191,7 +192,8 @@ def test_an_object_of_saelens_says_its_place(hook, site, old):
     found = place_sae(SAELensLike(inner, hook, old=old))
     assert (found.layer, found.site, found.d_in, found.n_latents) == (2, site, 6, 10)
     assert found.name == "sae_like"
-    assert found.fingerprint == place_sae(inner).fingerprint != place_sae(make_sae(seed=1)).fingerprint
+    other = place_sae(SAELensLike(make_sae(seed=1), hook, old=old))
+    assert "" != found.fingerprint == place_sae(SAELensLike(inner, hook, old=old)).fingerprint != other.fingerprint
     x = torch.randn(4, 6)
     assert torch.equal(found.encode(x), inner.encode(x))
     assert not found.encode(x).requires_grad
@@ -228,7 +230,7 @@ def test_any_object_with_encode_will_do():
             "n_latents": 10,
             "name": "mine",
             "centred": False,
-            "fingerprint": "" if coder is plain else place_sae(inner).fingerprint,
+            "fingerprint": "" if coder is plain else found.fingerprint,
         }
     sparse = SimpleNamespace(encode=lambda values: inner.encode(values).to_sparse(), d_in=6)
     assert torch.equal(place_sae(sparse, layer=0).encode(x), inner.encode(x))
@@ -357,3 +359,16 @@ def test_the_files_are_those_of_sparsify():
         "b_dec": (config["d_in"],),
     }
     assert (config["k"], config["activation"]) == (16, "topk")
+
+
+def test_the_fingerprint_covers_encoder_and_k():
+    sae = make_sae()
+    changed = [
+        dataclasses.replace(sae, k=4),
+        dataclasses.replace(sae, w_enc=-sae.w_enc),
+        dataclasses.replace(sae, b_enc=sae.b_enc + 1),
+        dataclasses.replace(sae, w_dec=sae.w_dec * 2),
+    ]
+    prints = {place_sae(one).fingerprint for one in (sae, *changed)}
+    assert len(prints) == 5
+    assert place_sae(make_sae()).fingerprint == place_sae(sae).fingerprint

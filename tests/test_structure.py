@@ -47,6 +47,7 @@ ORDER = (
     "topk_sae",
     "sae",
     "responses",
+    "row_files",
     "collectors",
     "features",
     "histograms",
