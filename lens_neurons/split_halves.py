@@ -21,7 +21,7 @@ import pandas as pd
 
 from lens_neurons.collecting import PartialSums
 from lens_neurons.compare import chance_overlap
-from lens_neurons.errors import SettingError
+from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation.intervals import CONFIDENCE, percentiles
 from lens_neurons.methods import identify
 from lens_neurons.neurons import NeuronSet
@@ -43,9 +43,10 @@ class Stability:
     """How far a method agrees with itself on random halves of the texts.
 
     Attributes:
-        splits: One row a split, fraction and language: `tokens` and `texts` of a half (mean of the two; NaN where
-            unknown), `units` in a set (mean of the two), `shared`, `jaccard` (NaN where both sets are empty), and
-            `chance`, the Jaccard index expected of two random sets of these sizes.
+        splits: One row a split, fraction (the part of a half that was drawn, mean over languages) and language:
+            `tokens` and `texts` of a half (mean of the two; NaN where unknown), `units` in a set (mean of the two),
+            `shared`, `jaccard` (NaN where both sets are empty), and `chance`, the Jaccard index expected of two random
+            sets of these sizes.
         notes: What a reader must know, such as languages without units.
         settings: Method and its settings, what was drawn, number of splits, seed.
         provenance: The model, token policy, corpus.
@@ -78,10 +79,16 @@ class Stability:
         return self._summary(self.splits, ["fraction", "language"], confidence)
 
     def overall(self, *, confidence: float = CONFIDENCE) -> pd.DataFrame:
-        """Return one row a fraction: the mean over languages; columns as in `curve`, tokens and texts a language."""
-        names = ["tokens", "texts", "units", "jaccard", "chance"]
-        means: Any = self.splits.groupby(["split", "fraction"], sort=False)[names].mean()
-        return self._summary(means.reset_index(), ["fraction"], confidence)
+        """Return one row a fraction: the mean over the languages that have units.
+
+        Columns are as in `curve`, tokens and texts a language, and `languages`: how many of them have units in at least
+        one of the two sets (mean over splits). The others are in no mean of Jaccard indices.
+        """
+        groups: Any = self.splits.groupby(["split", "fraction"], sort=False)
+        means: Any = groups[["tokens", "texts", "units", "jaccard", "chance"]].mean()
+        table = self._summary(means.reset_index(), ["fraction"], confidence)
+        table.insert(1, "languages", groups["jaccard"].count().groupby("fraction", sort=False).mean().to_numpy())
+        return table
 
     def halves(self, *, confidence: float = CONFIDENCE) -> pd.DataFrame:
         """Return one row a language: how well two whole halves agree; columns as in `curve`."""
@@ -92,9 +99,9 @@ class Stability:
     def tokens_needed(self, threshold: float = 0.9) -> pd.Series:
         """Return the tokens a language from which on two recordings agree at least so well, by language.
 
-        The entry "" is for the mean over languages. It is the first point of the curve at which, and after which, the
-        mean Jaccard index is at least the threshold; NaN where none is. Where single texts were drawn, texts are given,
-        since their tokens are unknown.
+        The entry "" is for the mean over the languages that have units; see `overall`. It is the first point of the
+        curve at which, and after which, the mean Jaccard index is at least the threshold; NaN where none is. Where
+        single texts were drawn, texts are given, since their tokens are unknown.
 
         Args:
             threshold: Jaccard index.
@@ -130,7 +137,7 @@ class Stability:
         size = f"{last['texts']:,.0f} texts" if last["tokens"] != last["tokens"] else f"{last['tokens']:,.0f} tokens"
         agreement = f"{last['mean']:.3f} [{last['low']:.3f}, {last['high']:.3f}], by chance {last['chance']:.3f}"
         return (
-            f"Stability({self.settings['method']['name']}, {len(self.languages)} languages, "
+            f"Stability({self.settings['method']['name']}, {last['languages']:.3g} of {len(self.languages)} languages, "
             f"{self.settings['n_splits']} splits; Jaccard of two halves of {size} a language {agreement})"
         )
 
@@ -159,10 +166,10 @@ def stability(
     data: str | os.PathLike[str] | Recording | TextResponses | Mapping[str, Sequence[PartialSums]],
     method: str = "lape",
     *,
-    settings: Mapping[str, Any] | None = None,
     n_splits: int = 20,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 0,
+    **settings: Any,
 ) -> Stability:
     """Return how far a method agrees with itself on random halves of the texts, and on smaller and smaller parts.
 
@@ -171,13 +178,17 @@ def stability(
             for methods that need counts or sums; a `Recording` or `TextResponses`, whose texts are drawn, for methods
             that need responses or importances (a folder does for these too); or language to the sums of every shard.
         method: One of `list_methods()`.
-        settings: The method's own settings.
         n_splits: Number of random splits.
-        fractions: Parts of a half to run the method on; every language has at least one shard or text.
-        seed: Seed; the draw of a language depends on it and on the language's name alone.
+        fractions: Parts of a half to run the method on; every language has at least one shard or text. One that is too
+            small for the method, such as one text for `plnd`, is left out with a note. The result names the parts that
+            were drawn, since half of five shards is two.
+        seed: Seed; the draw of a language depends on it and on the language's name alone. (A setting of the same name,
+            which `random_matched` has, keeps its default.)
+        **settings: The method's own settings.
 
     Raises:
-        DataError: A language with fewer than four shards or texts, or data that the method cannot use.
+        DataError: A language with fewer than four shards or texts, or data that the method cannot use: all fractions
+            are too small for it.
         SettingError: An unknown method or setting, no split, or a fraction outside (0, 1].
         StorageError: The folder holds no recording, or a damaged one.
     """
@@ -185,14 +196,15 @@ def stability(
         raise SettingError(f"n_splits={n_splits} is too few; use at least 1, better 20.")
     for fraction in fractions:
         _require_share("a fraction", fraction)
-    chosen = dict(settings or {})
     source = source_of(data, method)
     source.require_enough()
     halves = {code: number // 2 for code, number in source.sizes.items()}
     steps: dict[tuple[int, ...], float] = {}
     for fraction in sorted(set(fractions)):
         # In a small recording several fractions are the same number of shards.
-        steps.setdefault(tuple(max(1, round(fraction * half)) for half in halves.values()), float(fraction))
+        numbers = tuple(max(1, round(fraction * half)) for half in halves.values())
+        steps[numbers] = float(np.mean(np.array(numbers) / np.array(list(halves.values()))))
+    failed: dict[float, str] = {}
     rows: list[dict[str, Any]] = []
     for split in range(n_splits):
         order = {code: _permutation(number, seed, split, code) for code, number in source.sizes.items()}
@@ -201,24 +213,33 @@ def stability(
             source.half({code: part[halves[code] : 2 * halves[code]] for code, part in order.items()}),
         )
         for numbers, fraction in steps.items():
+            if fraction in failed:
+                continue
             counts = dict(zip(halves, numbers, strict=True))
             data_pair = [side.grow(counts) for side in sides]
-            sets = [identify(part, method, **chosen) for part in data_pair]
+            try:
+                sets = [identify(part, method, **settings) for part in data_pair]
+            except DataError as error:
+                if fraction == max(steps.values()):
+                    raise
+                failed[fraction] = str(error)
+                continue
             for code in halves:
                 sizes = {
                     name: float(np.mean([source.size(part, code, name) for part in data_pair]))
                     for name in ("tokens", "texts")
                 }
                 rows.append({"split": split, "fraction": fraction, "language": code, **sizes, **_agreement(sets, code)})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([row for row in rows if row["fraction"] not in failed])
+    notes = [f"The part {part:.2g} of a half is too small: {why}" for part, why in failed.items()]
     known = {
-        "method": {"name": method, **chosen},
+        "method": {"name": method, **settings},
         "drawn": source.drawn,
         "sizes": dict(source.sizes),
         "n_splits": n_splits,
         "seed": seed,
     }
-    return Stability(table, tuple(_notes(table, source)), known, source.provenance.replace(seed=seed))
+    return Stability(table, (*_notes(table, source), *notes), known, source.provenance.replace(seed=seed))
 
 
 def _require_share(name: str, value: float) -> None:
@@ -243,12 +264,19 @@ def _agreement(sets: Sequence[NeuronSet], language: str) -> dict[str, float]:
 
 
 def _notes(table: pd.DataFrame, source: Source) -> list[str]:
-    empty: Any = table[table["fraction"] == table["fraction"].max()].groupby("language", sort=False)["units"].mean()
-    without = [str(code) for code, units in empty.items() if not units]
+    last: Any = table[table["fraction"] == table["fraction"].max()].groupby("language", sort=False)
+    with_units: dict[str, float] = {str(code): part["jaccard"].notna().mean() for code, part in last}
+    without = [code for code, share in with_units.items() if not share]
+    sometimes = [code for code, share in with_units.items() if 0 < share < 1]
     spread = sorted(source.sizes.values())
     notes = [f"Drawn were {source.drawn}: {spread[0]:,} to {spread[-1]:,} a language."]
     if without:
-        notes.append(f"{', '.join(without)} has no unit in any half, so nothing can be said of it.")
+        notes.append(
+            f"{', '.join(without)} has no unit in any half, so nothing can be said of it: means are over "
+            f"{len(with_units) - len(without)} of {len(with_units)} languages."
+        )
+    if sometimes:
+        notes.append(f"{', '.join(sometimes)} has no unit in some splits, and counts in the others alone.")
     return notes
 
 
@@ -260,11 +288,13 @@ class UntilStable(StopRule):
     """Stop recording once a method agrees with itself on random halves of what has been recorded.
 
     Attributes:
-        threshold: Mean Jaccard index, over languages, that two halves must reach after two rounds in succession.
+        threshold: Mean Jaccard index, over the languages that have units, that two halves must reach after two rounds
+            in succession.
         method: A method that needs counts or sums.
         settings: Its settings.
         check_every: Shards of every language between two checks.
         n_splits: Random splits a check; their mean counts.
+        min_languages: Languages that must have units in both checks; None for all.
         seed: Seed of the splits.
     """
 
@@ -273,6 +303,7 @@ class UntilStable(StopRule):
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     check_every: int = 4
     n_splits: int = 5
+    min_languages: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -284,6 +315,8 @@ class UntilStable(StopRule):
         _require_share("threshold", self.threshold)
         if self.check_every < 1 or self.n_splits < 1:
             raise SettingError(f"check_every={self.check_every} and n_splits={self.n_splits} must be at least 1.")
+        if self.min_languages is not None and self.min_languages < 1:
+            raise SettingError(f"min_languages={self.min_languages} must be at least 1, or None for all languages.")
         if need_of(self.method) not in FROM_SHARDS:
             raise SettingError(
                 f"method '{self.method}' needs {need_of(self.method)}, but a recording is stopped by its counts and "
@@ -292,7 +325,7 @@ class UntilStable(StopRule):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything that decides what `check` says, as plain JSON values."""
-        names = ("threshold", "method", "settings", "check_every", "n_splits", "seed")
+        names = ("threshold", "method", "check_every", "n_splits", "min_languages", "seed")
         return {
             "rule": "until_stable",
             **{name: getattr(self, name) for name in names},
@@ -301,6 +334,8 @@ class UntilStable(StopRule):
 
     def check(self, parts: Mapping[str, Sequence[PartialSums]]) -> StopCheck:
         """Return whether the mean agreement reaches the threshold, now and one round of `check_every` shards ago.
+
+        It says no while fewer languages than `min_languages` have units, for these are in no mean.
 
         Args:
             parts: Language to the sums of each shard, in the order of the texts.
@@ -317,17 +352,20 @@ class UntilStable(StopRule):
         now = self._agreement(parts)
         then = self._agreement({code: own[: before[code]] for code, own in parts.items()})
         mean, earlier = (_mean(values) for values in (now, then))
+        lacking = [code for code in parts if now[code] != now[code] or then[code] != then[code]]
+        there, wanted = len(parts) - len(lacking), min(self.min_languages or len(parts), len(parts))
         tokens = sum(part.tokens for own in parts.values() for part in own) / len(parts)
         reason = (
             f"two halves of {tokens:,.0f} tokens a language agree with a mean Jaccard index of {mean:.3f}, one round "
-            f"before {earlier:.3f}; the threshold is {self.threshold:g} both times."
+            f"before {earlier:.3f}; the threshold is {self.threshold:g} both times. It is the mean over {there} of "
+            f"{len(parts)} languages"
+            + (f": without units {'is' if len(lacking) == 1 else 'are'} {', '.join(lacking)}" if lacking else "")
+            + (f", and {wanted} are wanted." if there < wanted else ".")
         )
-        return StopCheck(min(mean, earlier) >= self.threshold, reason, now)
+        return StopCheck(there >= wanted and min(mean, earlier) >= self.threshold, reason, now)
 
     def _agreement(self, parts: Mapping[str, Sequence[PartialSums]]) -> dict[str, float]:
-        found = stability(
-            parts, self.method, settings=self.settings, n_splits=self.n_splits, fractions=(1.0,), seed=self.seed
-        )
+        found = stability(parts, self.method, n_splits=self.n_splits, fractions=(1.0,), seed=self.seed, **self.settings)
         means: Any = found.halves()["mean"]
         return {code: float(means[code]) for code in parts}
 
@@ -342,10 +380,11 @@ def until_stable(
     threshold: float = 0.9,
     method: str = "lape",
     *,
-    settings: Mapping[str, Any] | None = None,
     check_every: int = 4,
     n_splits: int = 5,
+    min_languages: int | None = None,
     seed: int = 0,
+    **settings: Any,
 ) -> UntilStable:
     """Return a rule for `record(..., stop_when=)`: stop once random halves of what is recorded give the same units.
 
@@ -353,14 +392,17 @@ def until_stable(
     `shard_tokens` small enough there are several rounds before the texts end.
 
     Args:
-        threshold: Mean Jaccard index over languages that two halves must reach, twice in succession.
+        threshold: Mean Jaccard index, over the languages that have units, that two halves must reach, twice in
+            succession.
         method: A method that needs counts or sums.
-        settings: Its settings.
         check_every: Shards of every language between two checks.
         n_splits: Random splits a check.
+        min_languages: Languages that must have units in both checks, so that the mean is not over a few of them. None:
+            all, so where the method may find nothing in a language give a smaller number.
         seed: Seed of the splits.
+        **settings: The method's settings.
 
     Raises:
         SettingError: A number out of range, or a method that needs rows of texts.
     """
-    return UntilStable(threshold, method, dict(settings or {}), check_every, n_splits, seed)
+    return UntilStable(threshold, method, settings, check_every, n_splits, min_languages, seed)

@@ -82,11 +82,11 @@ def by_hand(parts: Mapping[str, Sequence[PartialSums]], split: int, fraction: fl
 
 
 def test_halves_are_those_added_by_hand() -> None:
-    found = stability(PARTS, "lape", settings=SETTINGS, n_splits=3, fractions=(0.5, 1.0), seed=7)
+    found = stability(PARTS, "lape", **SETTINGS, n_splits=3, fractions=(0.5, 1.0), seed=7)
     table = found.splits.set_index(["split", "fraction", "language"])
     assert len(table) == 3 * 2 * 3
     for split in range(3):
-        for fraction in (0.5, 1.0):
+        for fraction in (0.5, 1.0):  # of 4, 4 and 6 shards, so exactly that
             one, other = by_hand(PARTS, split, fraction, 7)
             for code in PARTS:
                 mine, theirs = set(one.flat(code).tolist()), set(other.flat(code).tolist())
@@ -102,10 +102,13 @@ def test_halves_are_those_added_by_hand() -> None:
 
 
 def test_summaries_are_over_splits() -> None:
-    found = stability(PARTS, settings=SETTINGS, n_splits=8, fractions=(0.25, 1.0))
+    found = stability(PARTS, **SETTINGS, n_splits=8, fractions=(0.25, 1.0))
     rows = found.splits
     curve = found.curve(confidence=0.8).set_index(["fraction", "language"])
-    for fraction in (0.25, 1.0):
+    # One of 4, one of 4 and two of 6 shards are drawn.
+    quarter = (1 / 4 + 1 / 4 + 2 / 6) / 3
+    assert found.fractions == pytest.approx((quarter, 1.0))
+    for fraction in found.fractions:
         for code in PARTS:
             own = rows[(rows["fraction"] == fraction) & (rows["language"] == code)]
             row = curve.loc[(fraction, code)]
@@ -117,7 +120,7 @@ def test_summaries_are_over_splits() -> None:
         assert overall["mean"] == pytest.approx(own.mean())
         assert [overall["low"], overall["high"]] == pytest.approx(np.quantile(own, [0.025, 0.975]))
     assert found.halves().loc["ja", "mean"] == pytest.approx(curve.loc[(1.0, "ja"), "mean"])
-    assert found.fractions == (0.25, 1.0)
+    assert found.overall()["languages"].tolist() == [3, 3]
     assert found.languages == ("en", "nl", "ja")
     assert "8 splits" in repr(found)
     assert f"{found.overall()['mean'].iloc[-1]:.3f}" in repr(found)
@@ -126,7 +129,9 @@ def test_summaries_are_over_splits() -> None:
 def test_planted_units_are_found_in_both_halves() -> None:
     found = stability(
         shards(different(0.6), dict.fromkeys(("en", "nl", "ja"), 20), tokens=200),
-        settings={"top_rate": 0.25, "filter_rate": 0.5, "activation_bar_ratio": 0.9},
+        top_rate=0.25,
+        filter_rate=0.5,
+        activation_bar_ratio=0.9,
         n_splits=5,
     )
     assert (found.halves()["mean"] > 0.95).all()
@@ -134,7 +139,7 @@ def test_planted_units_are_found_in_both_halves() -> None:
 
 def test_more_tokens_agree_better_up_to_twenty_times_chance() -> None:
     parts = shards(different(0.1), dict.fromkeys(("en", "nl", "ja"), 40), tokens=60)
-    found = stability(parts, settings=SETTINGS, n_splits=12, fractions=(0.05, 0.2, 1.0))
+    found = stability(parts, **SETTINGS, n_splits=12, fractions=(0.05, 0.2, 1.0))
     means = found.overall()["mean"].tolist()
     assert means == sorted(means)
     assert means[-1] > means[0] + 0.1
@@ -144,7 +149,7 @@ def test_languages_that_do_not_differ_give_chance() -> None:
     """Every unit fires alike in every language, so that a half says nothing of the other."""
     alike = dict.fromkeys(("en", "nl", "ja"), np.full((2, 1500), 0.3))
     parts = shards(alike, dict.fromkeys(alike, 10))
-    found = stability(parts, "mean_difference", settings={"units_per_language": 500}, n_splits=10, fractions=(1,))
+    found = stability(parts, "mean_difference", units_per_language=500, n_splits=10, fractions=(1,))
     for code in alike:
         row = found.halves().loc[code]
         # 500 of 3000 units are drawn twice: 83 of them are shared.
@@ -154,31 +159,31 @@ def test_languages_that_do_not_differ_give_chance() -> None:
 
 def test_the_order_of_languages_changes_nothing() -> None:
     shuffled = {code: PARTS[code] for code in ("ja", "en", "nl")}
-    one, other = (stability(p, settings=SETTINGS, n_splits=3).halves() for p in (PARTS, shuffled))
+    one, other = (stability(p, **SETTINGS, n_splits=3).halves() for p in (PARTS, shuffled))
     assert one.to_numpy() == pytest.approx(other.loc[["en", "nl", "ja"]].to_numpy())
-    again = stability(PARTS, settings=SETTINGS, n_splits=3).splits
-    assert again.equals(stability(PARTS, settings=SETTINGS, n_splits=3).splits)
-    assert not again.equals(stability(PARTS, settings=SETTINGS, n_splits=3, seed=1).splits)
+    again = stability(PARTS, **SETTINGS, n_splits=3).splits
+    assert again.equals(stability(PARTS, **SETTINGS, n_splits=3).splits)
+    assert not again.equals(stability(PARTS, **SETTINGS, n_splits=3, seed=1).splits)
 
 
 def test_tokens_needed_is_where_the_curve_stays_above() -> None:
-    found = stability(PARTS, settings=SETTINGS, n_splits=1, fractions=(0.25, 0.5, 0.75, 1.0))
+    found = stability(PARTS, **SETTINGS, n_splits=1, fractions=(0.25, 0.5, 0.75, 1.0))
     values = {"en": [0.2, 0.9, 0.7, 0.8], "nl": [0.8, 0.8, 0.9, 0.9], "ja": [0.9, 0.9, 0.9, 0.1]}
     for code, jaccards in values.items():
         found.splits.loc[found.splits["language"] == code, "jaccard"] = jaccards
     tokens = found.splits.set_index(["language", "fraction"])["tokens"]
     needed = found.tokens_needed(0.7)
-    assert needed["en"] == tokens["en", 0.5]
-    assert needed["nl"] == tokens["nl", 0.25]
+    assert needed["en"] == tokens["en"].iloc[1]
+    assert needed["nl"] == tokens["nl"].iloc[0]
     assert np.isnan(needed["ja"])
     # Means over languages: 0.63, 0.87, 0.83, 0.6.
     assert np.isnan(needed[""])
-    assert found.tokens_needed(0.55)[""] == pytest.approx(tokens.xs(0.25, level="fraction").mean())
+    assert found.tokens_needed(0.55)[""] == pytest.approx(tokens.xs(found.fractions[0], level="fraction").mean())
 
 
-def test_fractions_of_few_shards_are_made_once() -> None:
-    found = stability({code: own[:5] for code, own in PARTS.items()}, settings=SETTINGS, n_splits=2)
-    assert found.fractions == (0.1, 0.8)
+def test_fractions_of_few_shards_are_made_once_and_named_after_what_was_drawn() -> None:
+    found = stability({code: own[:5] for code, own in PARTS.items()}, **SETTINGS, n_splits=2)
+    assert found.fractions == (0.5, 1.0)
     assert found.settings["sizes"] == dict.fromkeys(PARTS, 5)
 
 
@@ -194,7 +199,7 @@ def folder(tmp_path_factory):
 
 def test_shards_on_disk_are_those_of_the_recording(folder) -> None:
     settings = {"top_rate": 0.2, "filter_rate": 0.5, "activation_bar_ratio": 0.5}
-    found = stability(folder, settings=settings, n_splits=2)
+    found = stability(folder, **settings, n_splits=2)
     whole = ActivationStats.load(folder)
     assert found.settings["drawn"] == "shards"
     assert min(found.settings["sizes"].values()) >= 4
@@ -279,11 +284,12 @@ def test_what_cannot_be_split_is_said(by_text, folder) -> None:
         (DataError, "not the sums of shards", lambda: stability(PARTS, "by_text")),
         (DataError, "needs responses", lambda: stability(folder, "by_text")),
         (SettingError, "is unknown", lambda: stability(PARTS, "lapse")),
-        (SettingError, "top_rat", lambda: stability(PARTS, settings={"top_rat": 0.1})),
+        (SettingError, "top_rat", lambda: stability(PARTS, top_rat=0.1)),
         (SettingError, "n_splits=0", lambda: stability(PARTS, n_splits=0)),
         (SettingError, "fraction of 1.5", lambda: stability(PARTS, fractions=(0.5, 1.5))),
         (SettingError, "threshold of 0", lambda: stability(PARTS, n_splits=1).tokens_needed(0)),
         (SettingError, "threshold of 2", lambda: until_stable(2.0)),
+        (SettingError, "min_languages=0", lambda: until_stable(0.9, min_languages=0)),
         (SettingError, "check_every=0", lambda: until_stable(0.9, check_every=0)),
         (SettingError, "by its counts", lambda: until_stable(0.9, "by_text")),
         (SettingError, "is unknown", lambda: until_stable(0.9, "lapse")),
@@ -299,15 +305,51 @@ def test_a_language_without_units_is_noted() -> None:
     made = {**different(0.6), "qu": np.full((LAYERS, WIDTH), 0.02)}
     parts = shards(made, dict.fromkeys(made, 8), tokens=200)
     settings = {"top_rate": 0.25, "filter_rate": 0.5, "activation_bar_ratio": 0.9}
-    found = stability(parts, settings=settings, n_splits=3)
+    found = stability(parts, **settings, n_splits=3)
     assert np.isnan(found.halves().loc["qu", "mean"])
     assert found.overall()["mean"].iloc[-1] > 0.8
-    assert any(note.startswith("qu has no unit") for note in found.notes)
+    assert any(note.startswith("qu has no unit") and "3 of 4 languages" in note for note in found.notes)
+    assert found.overall()["languages"].tolist()[-1] == 3
+    assert "3 of 4 languages" in repr(found)
     assert np.isnan(found.tokens_needed(0.5)["qu"])
 
 
+def test_a_language_with_units_in_some_splits_is_noted() -> None:
+    """In half of the splits Dutch has none: the count over splits is a mean."""
+    found = stability(PARTS, **SETTINGS, n_splits=4, fractions=(1.0,))
+    table = found.splits
+    table.loc[(table["language"] == "nl") & (table["split"] < 2), ["jaccard", "chance", "units"]] = [np.nan, np.nan, 0]
+    assert found.overall()["languages"].tolist() == [2.5]
+    # One unit of Quechua that fires about as often as the bar asks.
+    made = {**different(0.3), "qu": np.full((LAYERS, WIDTH), 0.02)}
+    for code, chances in made.items():
+        chances[1, 50] = 0.28 if code == "qu" else 0.02
+    rare = shards(made, dict.fromkeys(made, 8))
+    found = stability(rare, n_splits=12, fractions=(1.0,), top_rate=0.3, filter_rate=0.5, activation_bar_ratio=0.9)
+    known = found.splits[found.splits["language"] == "qu"]["jaccard"].notna()
+    assert 0 < known.mean() < 1
+    assert "qu has no unit in some splits, and counts in the others alone." in found.notes
+
+
+def test_fractions_too_small_for_a_method_are_left_out(by_text) -> None:
+    """PLND needs two documents of a language; of ten texts a tenth of a half is one."""
+    draw = torch.Generator().manual_seed(0)
+    rows = {code: torch.rand(20, 12, generator=draw) for code in ("en", "nl")}
+    importances = TextResponses.from_rows(rows, sites={"gate_act": (2, 6)}, statistic="plnd")
+    found = stability(importances, "plnd", n_splits=3, ffn=0.5)
+    assert found.fractions == (0.2, 0.4, 0.6, 0.8, 1.0)
+    assert set(found.splits.groupby("fraction").size()) == {3 * 2}
+    said = [note for note in found.notes if note.startswith("The part 0.1 of a half is too small")]
+    assert len(said) == 1
+    assert "at least two" in said[0]
+    with pytest.raises(DataError, match="at least two"):
+        stability(importances, "plnd", n_splits=1, fractions=(0.05, 0.1))
+    with pytest.raises(SettingError, match="eps"):
+        stability(importances, "plnd", n_splits=1, rule="threshold")
+
+
 def test_saved_and_loaded(tmp_path) -> None:
-    found = stability(PARTS, settings=SETTINGS, n_splits=2)
+    found = stability(PARTS, **SETTINGS, n_splits=2)
     found.save(tmp_path / "stability.json")
     again = Stability.load(tmp_path / "stability.json")
     assert again.splits.equals(found.splits)
@@ -322,7 +364,7 @@ def growing(strength: float, rounds: int, every: int = 4) -> list[dict[str, list
 
 
 def test_a_recording_stops_once_two_checks_agree() -> None:
-    rule = until_stable(0.8, settings={"top_rate": 0.25, "filter_rate": 0.5, "activation_bar_ratio": 0.9})
+    rule = until_stable(0.8, top_rate=0.25, filter_rate=0.5, activation_bar_ratio=0.9)
     checks = [rule.check(parts) for parts in growing(0.3, 8)]
     assert not checks[0].stop
     assert "too few shards" in checks[0].reason
@@ -336,7 +378,7 @@ def test_a_recording_stops_once_two_checks_agree() -> None:
 def test_one_good_check_is_not_enough() -> None:
     """A threshold that the last round reaches and the one before does not."""
     rounds = growing(0.15, 3)
-    settings = {"settings": SETTINGS, "n_splits": 3}
+    settings = {**SETTINGS, "n_splits": 3}
     before, now = (float(stability(parts, **settings).halves()["mean"].mean()) for parts in rounds[1:])
     assert before < now
     assert not until_stable((before + now) / 2, **settings).check(rounds[2]).stop
@@ -345,8 +387,8 @@ def test_one_good_check_is_not_enough() -> None:
 
 def test_a_check_is_that_of_stability_now_and_a_round_before() -> None:
     parts = growing(0.2, 5)
-    rule = until_stable(0.5, settings=SETTINGS, n_splits=3, seed=4)
-    now, before = (stability(p, settings=SETTINGS, n_splits=3, seed=4).halves()["mean"] for p in (parts[4], parts[3]))
+    rule = until_stable(0.5, **SETTINGS, n_splits=3, seed=4)
+    now, before = (stability(p, **SETTINGS, n_splits=3, seed=4).halves()["mean"] for p in (parts[4], parts[3]))
     check = rule.check(parts[4])
     assert check.values == pytest.approx(now.to_dict())
     assert f"index of {now.mean():.3f}, one round before {before.mean():.3f}" in check.reason
@@ -363,8 +405,26 @@ def test_a_rule_never_stops_what_has_no_units_or_too_few_shards() -> None:
     assert not rule.check({}).stop
 
 
+def test_a_rule_waits_for_languages_without_units() -> None:
+    """The other languages agree well, and Quechua has no units: it is in no mean."""
+    made = {**different(0.6), "qu": np.full((LAYERS, WIDTH), 0.02)}
+    parts = shards(made, dict.fromkeys(made, 12), tokens=200)
+    settings = {"top_rate": 0.25, "filter_rate": 0.5, "activation_bar_ratio": 0.9}
+    check = until_stable(0.5, **settings).check(parts)
+    assert np.nanmean(list(check.values.values())) > 0.8
+    assert np.isnan(check.values["qu"])
+    assert not check.stop
+    assert "3 of 4 languages: without units is qu, and 4 are wanted." in check.reason
+    check = until_stable(0.5, min_languages=3, **settings).check(parts)
+    assert check.stop
+    assert check.reason.endswith("3 of 4 languages: without units is qu.")
+    full = {code: own for code, own in parts.items() if code != "qu"}
+    assert until_stable(0.5, **settings).check(full).stop
+    assert until_stable(0.5, min_languages=9, **settings).check(full).stop
+
+
 def test_a_rule_says_what_it_is() -> None:
-    rule = until_stable(0.8, "fixed_count", settings={"units_per_language": 5}, check_every=2)
+    rule = until_stable(0.8, "fixed_count", units_per_language=5, check_every=2)
     assert rule.to_dict() == {
         "rule": "until_stable",
         "threshold": 0.8,
@@ -372,6 +432,7 @@ def test_a_rule_says_what_it_is() -> None:
         "settings": {"units_per_language": 5},
         "check_every": 2,
         "n_splits": 5,
+        "min_languages": None,
         "seed": 0,
     }
     assert rule == UntilStable(**{name: value for name, value in rule.to_dict().items() if name != "rule"})
@@ -384,7 +445,7 @@ def test_a_recording_with_a_rule_ends_early_and_goes_on_where_it_was(tmp_path) -
         {code: [SAMPLE_TEXTS[6 * k + i % 4] for i in range(80)] for k, code in enumerate(("en", "ja"))}
     )
     settings = {"top_rate": 0.2, "filter_rate": 0.5, "activation_bar_ratio": 0.5}
-    rule = until_stable(0.5, settings=settings, check_every=2, n_splits=2)
+    rule = until_stable(0.5, **settings, check_every=2, n_splits=2)
     options = {"shard_tokens": 60, "stop_when": rule, "progress": False}
     stopped = record(model, corpus, tmp_path / "stopped", **options)
     assert int(stopped.tokens.min()) > 4 * 60
@@ -393,4 +454,4 @@ def test_a_recording_with_a_rule_ends_early_and_goes_on_where_it_was(tmp_path) -
     again = record(model, corpus, **options)
     assert again.positive.equal(stopped.positive)
     assert again.notes["stopped"] == stopped.notes["stopped"]
-    assert stability(tmp_path / "stopped", settings=settings, n_splits=2).halves()["mean"].mean() >= 0.5
+    assert stability(tmp_path / "stopped", **settings, n_splits=2).halves()["mean"].mean() >= 0.5
