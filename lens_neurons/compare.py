@@ -29,7 +29,9 @@ KIND = "method_comparison"
 # What the four sites of an MLP are called together.
 MLP = "mlp"
 
-_METRICS = ("jaccard", "expected_jaccard", "corrected", "shared", "expected", "p", "q", "p_layers", "q_layers")
+# Probabilities are of one language; what is beside them has a mean over languages.
+_PROBABILITIES = ("p", "q", "p_layers", "q_layers")
+_METRICS = ("jaccard", "expected_jaccard", "corrected", "contained", "shared", "expected", *_PROBABILITIES)
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -121,11 +123,13 @@ class MethodComparison:
         """Return one row a language and pair of methods.
 
         Columns: `language`, `method`, `other`, `sites` compared at, `units` and `other_units` of the two sets,
-        `shared`, `jaccard` (shared / union; NaN for two empty sets); `expected`, the shared units of two random sets
-        of these sizes, and `expected_jaccard`; `corrected`, (jaccard - expected) / (1 - expected): 0 by chance, 1 for
-        equal sets; `p`, the probability of as many shared units by chance (hypergeometric, upper tail), and `q`, the
-        same after Benjamini-Hochberg over the whole table; `expected_layers`, `p_layers` and `q_layers`: the same if
-        chance keeps each set's number of units in every layer. NaN where a set is empty.
+        `shared`, `jaccard` (shared / union; NaN for two empty sets), `contained` (shared / the smaller set; NaN where
+        it is empty): sets of different sizes have a small Jaccard index even where one holds the other; `expected`,
+        the shared units of two random sets of these sizes, and `expected_jaccard`; `corrected`, (jaccard - expected) /
+        (1 - expected): 0 by chance, 1 for equal sets; `p`, the probability of as many shared units by chance
+        (hypergeometric, upper tail), and `q`, the same after Benjamini-Hochberg over the whole table;
+        `expected_layers`, `p_layers` and `q_layers`: the same if chance keeps each set's number of units in every
+        layer. NaN where a set is empty.
         """
         return self.pairs.copy()
 
@@ -134,15 +138,21 @@ class MethodComparison:
 
         Args:
             language: A language; None: the mean over languages, those without a value left out.
-            metric: "jaccard", "corrected", "shared", "p", ... The diagonal is a set with itself: 1 for "jaccard" and
-                "corrected", the number of units for "shared", NaN for the others.
+            metric: "jaccard", "corrected", "contained", "shared", "expected", "expected_jaccard"; of one language also
+                "p", "q", "p_layers", "q_layers". The diagonal is a set with itself: 1 for "jaccard", "corrected" and
+                "contained", the number of units for "shared", NaN for the others.
 
         Raises:
-            SettingError: Another metric.
+            SettingError: Another metric, or a probability without a language: a mean of probabilities means nothing.
             DataError: A language that no two methods have.
         """
         if metric not in _METRICS:
             raise SettingError(f"metric={metric!r} is unknown; use one of {', '.join(_METRICS)}.")
+        if language is None and metric in _PROBABILITIES:
+            raise SettingError(
+                f"metric={metric!r} has no mean over languages; give a language, or count the languages with a q below "
+                "0.05 in to_frame()."
+            )
         rows: Any = self.pairs
         if language is not None:
             code = canonical(language)
@@ -158,7 +168,7 @@ class MethodComparison:
         return table
 
     def _diagonal(self, name: str, language: str | None, metric: str) -> float:
-        if metric in ("jaccard", "corrected"):
+        if metric in ("jaccard", "corrected", "contained"):
             return 1.0
         if metric != "shared":
             return float("nan")
@@ -266,10 +276,10 @@ def compare_methods(sets: Mapping[str, NeuronSet]) -> MethodComparison:
 
     Args:
         sets: Name to what the method returned, all on one model; `gate_act`, `gate_pre`, `up` and `post` count as the
-            neurons they are a part of.
+            neurons they are a part of. Two without a common site or language are left out with a note.
 
     Raises:
-        DataError: Fewer than two sets; two without a common site or language, or with a site of different shape.
+        DataError: Fewer than two sets; two with a site of different shape; no two with a common site and language.
         ProvenanceError: The sets are of different models.
     """
     if len(sets) < 2:
@@ -279,7 +289,15 @@ def compare_methods(sets: Mapping[str, NeuronSet]) -> MethodComparison:
     for other in known[1:]:
         known[0].require_same(other, ("weights",), what="the sets")
     located = {name: _located(neurons) for name, neurons in sets.items()}
-    rows = [row for one, other in combinations(names, 2) for row in _compared(one, other, sets, located)]
+    apart: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for one, other in combinations(names, 2):
+        if why := _incomparable(one, other, sets, located):
+            apart.append(why)
+        else:
+            rows += _compared(one, other, sets, located)
+    if not rows:
+        raise DataError(f"{apart[0]}; compare sets with a common site and language.")
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
     for source, target in (("p", "q"), ("p_layers", "q_layers")):
         table[target] = _adjusted(table[source].to_numpy())
@@ -292,16 +310,36 @@ def compare_methods(sets: Mapping[str, NeuronSet]) -> MethodComparison:
         table,
         _profiles(sets, located),
         tuple(names),
-        tuple(_notes(sets, located)),
+        (*_notes(sets, located), *(f"{why}, so the two are not compared." for why in apart)),
         settings,
         known[0] if known else next(iter(sets.values())).provenance,
     )
 
 
 _COLUMNS = (
-    *("language", "method", "other", "sites", "units", "other_units", "shared", "jaccard"),
+    *("language", "method", "other", "sites", "units", "other_units", "shared", "jaccard", "contained"),
     *("expected", "expected_jaccard", "corrected", "p", "q", "expected_layers", "p_layers", "q_layers"),
 )
+
+
+def _incomparable(one: str, other: str, sets: Mapping[str, NeuronSet], located: Mapping[str, _Located]) -> str:
+    """Return why no unit can be in both of two sets, or "" where one can.
+
+    Raises:
+        DataError: A site of different shape: they are not of one model.
+    """
+    mine, theirs = located[one].shapes, located[other].shapes
+    for site in mine:
+        if site in theirs and mine[site] != theirs[site]:
+            raise DataError(
+                f"'{one}' and '{other}' have {mine[site]} and {theirs[site]} layers and units at {site}; compare sets "
+                "of one model."
+            )
+    if not mine.keys() & theirs.keys():
+        return f"'{one}' has units at {', '.join(mine)} and '{other}' at {', '.join(theirs)}"
+    if not set(sets[one].languages) & set(sets[other].languages):
+        return f"'{one}' has {', '.join(sets[one].languages)} and '{other}' has {', '.join(sets[other].languages)}"
+    return ""
 
 
 def _compared(
@@ -310,23 +348,7 @@ def _compared(
     """Return a row a language that two methods have."""
     mine, theirs = located[one], located[other]
     sites = [site for site in mine.shapes if site in theirs.shapes]
-    if not sites:
-        raise DataError(
-            f"'{one}' has units at {', '.join(mine.shapes)} and '{other}' at {', '.join(theirs.shapes)}, so no unit "
-            "can be in both; compare sets with a common site."
-        )
-    for site in sites:
-        if mine.shapes[site] != theirs.shapes[site]:
-            raise DataError(
-                f"'{one}' and '{other}' have {mine.shapes[site]} and {theirs.shapes[site]} layers and units at {site}; "
-                "compare sets of one model."
-            )
     languages = [code for code in sets[one].languages if code in sets[other].languages]
-    if not languages:
-        raise DataError(
-            f"'{one}' has {', '.join(sets[one].languages)} and '{other}' has {', '.join(sets[other].languages)}; "
-            "compare sets that share a language."
-        )
     rows: list[dict[str, Any]] = []
     for code in languages:
         by_layer: list[tuple[int, int, int]] = []
@@ -338,7 +360,7 @@ def _compared(
             shared += len(np.intersect1d(mine.units[site, code], theirs.units[site, code], assume_unique=True))
         whole = (sum(n for n, _, _ in by_layer), sum(a for _, a, _ in by_layer), sum(b for _, _, b in by_layer))
         anywhere, inside = chance_overlap([whole], shared), chance_overlap(by_layer, shared)
-        union = whole[1] + whole[2] - shared
+        union, smaller = whole[1] + whole[2] - shared, min(whole[1], whole[2])
         jaccard = shared / union if union else float("nan")
         spare = 1 - anywhere.jaccard
         rows.append(
@@ -351,6 +373,7 @@ def _compared(
                 "other_units": whole[2],
                 "shared": shared,
                 "jaccard": jaccard,
+                "contained": shared / smaller if smaller else float("nan"),
                 "expected": anywhere.expected,
                 "expected_jaccard": anywhere.jaccard,
                 # Two sets of all units agree by chance as well as they can.

@@ -41,6 +41,8 @@ def test_the_table_counts_sets(sets: dict[str, NeuronSet]) -> None:
         row = table.loc[(code, one, other)]
         assert (row["units"], row["other_units"], row["shared"]) == (len(mine), len(theirs), len(mine & theirs))
         assert row["jaccard"] == pytest.approx(len(mine & theirs) / len(mine | theirs))
+        contained = len(mine & theirs) / min(len(mine), len(theirs)) if mine and theirs else np.nan
+        assert row["contained"] == pytest.approx(contained, nan_ok=True)
         if not mine:
             assert np.isnan(row["p"])
             assert np.isnan(row["q"])
@@ -146,7 +148,7 @@ def test_the_order_of_languages_units_and_methods_changes_nothing(sets: dict[str
     }
     one, other = compare_methods(sets), compare_methods(shuffled)
     for metric in ("jaccard", "p", "q_layers", "shared"):
-        for code in (None, *LANGUAGES):
+        for code in (*(() if metric in ("p", "q_layers") else (None,)), *LANGUAGES):
             there = other.matrix(code, metric).loc[["a", "b", "c"], ["a", "b", "c"]]
             assert one.matrix(code, metric).to_numpy() == pytest.approx(there.to_numpy(), nan_ok=True)
 
@@ -169,11 +171,16 @@ def test_matrix_is_the_mean_over_languages_with_a_value(sets: dict[str, NeuronSe
     assert (
         comparison.matrix().loc["a", "b"] == comparison.matrix().loc["b", "a"] == pytest.approx(both["jaccard"].mean())
     )
-    assert comparison.matrix(metric="p").loc["a", "b"] == pytest.approx(both["p"].dropna().mean())
+    assert comparison.matrix(metric="contained").loc["a", "b"] == pytest.approx(both["contained"].dropna().mean())
+    for metric in ("p", "q", "p_layers", "q_layers"):
+        with pytest.raises(SettingError, match="no mean over languages") as caught:
+            comparison.matrix(metric=metric)
+        sentence(caught.value)
+    assert comparison.matrix("nl", "p").loc["a", "b"] == both.set_index("language").loc["nl", "p"]
     assert comparison.matrix("nl", "shared").loc["b", "b"] == 5
     assert comparison.matrix(metric="shared").loc["b", "b"] == pytest.approx((20 + 5 + 4) / 3)
     assert comparison.matrix().loc["c", "c"] == 1.0
-    assert np.isnan(comparison.matrix(metric="p").loc["c", "c"])
+    assert np.isnan(comparison.matrix("en", "p").loc["c", "c"])
 
 
 def test_layer_profiles_stand_side_by_side(sets: dict[str, NeuronSet]) -> None:
@@ -226,6 +233,25 @@ def test_languages_that_only_some_methods_have(sets: dict[str, NeuronSet]) -> No
     assert np.isnan(comparison.matrix("nl").loc["a", "b"])
 
 
+def test_pairs_without_a_common_site_or_language_are_left_out(sets: dict[str, NeuronSet]) -> None:
+    attention = NeuronSet.from_units({"en": torch.tensor([1])}, sites={"q": (3, 8)})
+    both = NeuronSet.from_units({"en": torch.tensor([1, 61])}, sites={"gate_act": SHAPE, "q": (3, 8)})
+    comparison = compare_methods({**sets, "q": attention, "both": both, "nl": sets["a"].select(["nl"])})
+    table = comparison.to_frame()
+    pairs = set(zip(table["method"], table["other"]))
+    assert ("q", "both") in pairs
+    assert ("c", "nl") in pairs
+    assert not {("a", "q"), ("b", "q"), ("c", "q"), ("q", "nl"), ("both", "nl")} & pairs
+    assert np.isnan(comparison.matrix("en").loc["a", "q"])
+    assert np.isnan(comparison.matrix().loc["a", "q"])
+    assert comparison.matrix("en").loc["q", "both"] == pytest.approx(1.0)
+    assert "'a' has units at mlp and 'q' at q, so the two are not compared." in comparison.notes
+    assert "'both' has en and 'nl' has nl, so the two are not compared." in comparison.notes
+    alone = compare_methods(sets).to_frame()
+    same = table[table["method"].isin(list("abc")) & table["other"].isin(list("abc"))].reset_index(drop=True)
+    assert same.drop(columns=["q", "q_layers"]).equals(alone.drop(columns=["q", "q_layers"]))
+
+
 def test_what_cannot_be_compared_is_said(sets: dict[str, NeuronSet]) -> None:
     with pytest.raises(DataError) as caught:
         compare_methods({"a": sets["a"]})
@@ -243,7 +269,7 @@ def test_what_cannot_be_compared_is_said(sets: dict[str, NeuronSet]) -> None:
     with pytest.raises(DataError) as caught:
         compare_methods({"a": sets["a"].select(["en"]), "b": sets["b"].select(["nl"])})
     sentence(caught.value)
-    assert "share a language" in str(caught.value)
+    assert "common site and language" in str(caught.value)
     other = random_set(6, provenance=PROVENANCE.replace(weights="ef" * 32))
     with pytest.raises(ProvenanceError, match="weights"):
         compare_methods({"a": random_set(5, provenance=PROVENANCE), "b": other, "c": sets["c"]})
