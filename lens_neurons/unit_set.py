@@ -21,6 +21,8 @@ from lens_neurons.unit_table import UnitTable, concatenated, flat_numbers
 # typing.Self would be the word, but what checks the annotations in the tests takes it only on decorated classes.
 S = TypeVar("S", bound="UnitSet")
 
+_UNKNOWN = "combined with units of unknown origin"
+
 
 @dataclass(frozen=True, repr=False)
 class UnitSet:
@@ -224,6 +226,13 @@ class UnitSet:
         return self._combined(other, "or")
 
     def _combined(self: S, other: S, operation: str) -> S:
+        made = self._of_both(other, operation)
+        # The result keeps this set's provenance, which says nothing of where the other's units are from.
+        if self.provenance.known and not other.provenance.known and _UNKNOWN not in made.notes:
+            return replace(made, notes=(*made.notes, _UNKNOWN))
+        return made
+
+    def _of_both(self: S, other: S, operation: str) -> S:
         # Flat numbers depend on the order of the sites.
         if list(self.sites.items()) != list(other.sites.items()):
             raise ProvenanceError(

@@ -133,6 +133,19 @@ def test_algebra_against_sets():
         sentence(caught.value)
 
 
+def test_units_of_unknown_origin_are_noted():
+    note = "combined with units of unknown origin"
+    known = make(kinds=None, provenance=Provenance(model="m", weights="w", n_layers=2, d_mlp=5))
+    unknown = make({"en": [3, 4], "de": [], "it": [5]}, None, notes=("a note",))
+    for made in (known & unknown, known - unknown, known | unknown):
+        assert made.provenance == known.provenance
+        assert made.notes == (note,)
+    assert ((known | unknown) - unknown).notes == (note,)
+    # Where the result says nothing of its origin, or all of it, there is nothing to add.
+    assert (unknown | known).notes == (unknown & unknown).notes == ("a note",)
+    assert (known | known).notes == ()
+
+
 def test_random_controls_match_sites_and_layers():
     made = make()
     drawn = made.random_like(3)
