@@ -112,6 +112,9 @@ def test_bad_settings_are_sentences():
     stats = ActivationStats.from_counts(tokens, positive)
     with pytest.raises(SettingError, match="top_rate=0"):
         lape(stats, top_rate=0)
+    for method in ("lape", "culture", "ternary"):
+        with pytest.raises(SettingError, match=r"top_rate=1e-09 of 20 units is none; use a larger share\.$"):
+            identify(stats, method, top_rate=1e-9)
     with pytest.raises(DataError, match="at least two"):
         lape(stats.select(["en"]))
     with pytest.raises(SettingError, match="method='nope' is unknown"):

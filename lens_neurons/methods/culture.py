@@ -48,7 +48,7 @@ def culture(
         Cultures to units, ordered by entropy (nats); cultures without units are kept, empty.
 
     Raises:
-        SettingError: A rate outside (0, 1].
+        SettingError: A rate outside (0, 1], or too small for one unit.
         DataError: Fewer than two cultures.
     """
     if len(stats.languages) < 2:

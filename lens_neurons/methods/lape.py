@@ -79,7 +79,8 @@ def lape(
         Languages to units, ordered by entropy (nats); languages without units are kept, empty.
 
     Raises:
-        SettingError: A rate outside (0, 1]; an unknown preset, or one that sets a rate to another value than given.
+        SettingError: A rate outside (0, 1] or too small for one unit; an unknown preset, or one that sets a rate to
+            another value than given.
         DataError: Fewer than two languages.
     """
     rates = {"top_rate": top_rate, "filter_rate": filter_rate, "activation_bar_ratio": activation_bar_ratio}
@@ -92,8 +93,9 @@ def lape(
         raise DataError("lape compares languages, so the recording needs at least two; record more languages.")
     probability = stats.probability()
     entropy = activation_entropy(probability)
+    n_chosen = share_of(entropy.numel(), rates["top_rate"])
     passes = (probability > nth_smallest(probability, rates["filter_rate"])).any(dim=0)
-    chosen = lowest(torch.where(passes, entropy, torch.inf), round(rates["top_rate"] * entropy.numel()))
+    chosen = lowest(torch.where(passes, entropy, torch.inf), n_chosen)
     taken = torch.zeros_like(passes)
     taken.view(-1)[chosen] = True
     bar = nth_smallest(probability, rates["activation_bar_ratio"])
@@ -115,6 +117,17 @@ def _of_preset(preset: str, given: dict[str, float]) -> dict[str, float]:
         if rate not in (_DEFAULTS[name], wanted[name]):
             raise SettingError(f"preset={preset!r} sets {name}={wanted[name]}, not {rate}; leave one of them out.")
     return wanted
+
+
+def share_of(n_units: int, top_rate: float) -> int:
+    """Return `round(top_rate * n_units)`, the number of units that is taken.
+
+    Raises:
+        SettingError: It is 0.
+    """
+    if n := round(top_rate * n_units):
+        return n
+    raise SettingError(f"top_rate={top_rate} of {n_units} units is none; use a larger share.")
 
 
 def lowest(scores: Float64[Tensor, "layer neuron"], n: int) -> Int64[Tensor, " unit"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.errors import DataError, SettingError
-from lens_neurons.methods.lape import lowest, nth_smallest
+from lens_neurons.methods.lape import lowest, nth_smallest, share_of
 from lens_neurons.methods.registry import method
 from lens_neurons.neurons import NeuronSet
 
@@ -174,9 +174,7 @@ def ternary(
         raise DataError("ternary compares languages, so the recording needs at least two; record more languages.")
     probability = stats.probability()
     flat, height = flatness(probability), scaled_maximum(probability)
-    n_chosen = round(top_rate * flat.numel())
-    if n_chosen < 1:
-        raise SettingError(f"top_rate={top_rate} of {flat.numel()} units is none; use a larger share.")
+    n_chosen = share_of(flat.numel(), top_rate)
     over = probability > nth_smallest(probability, activation_bar_ratio)
     notes: tuple[str, ...] = ()
     if lam is None:
