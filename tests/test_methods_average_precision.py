@@ -3,6 +3,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from devices import Elsewhere, other_device
 from sklearn.metrics import average_precision_score
 
 from lens_neurons.errors import DataError, SettingError
@@ -336,6 +337,51 @@ def test_files_of_rows_give_the_same_and_are_let_go(tmp_path):
     assert part.untyped_storage().nbytes() == part.numel() * 2
 
 
+def on_device(responses, put):
+    rows = {code: put(responses.rows(code)) for code in responses.languages}
+    return TextResponses.from_rows(rows, sites=responses.sites)
+
+
+def check_same_as_on_the_cpu(here, there):
+    for settings in ({"k": 6}, {"k": 4, "units": "q"}, {"k": 5, "which": "medium", "units": "mlp"}):
+        found, wanted = average_precision(there, **settings), average_precision(here, **settings)
+        for code in LANGUAGES:
+            assert torch.equal(found.flat(code), wanted.flat(code))
+            assert torch.equal(found.tables[code].score, wanted.tables[code].score)
+    for units in ("all", "q"):
+        found, wanted = (average_precision_threshold(own, 0.4, units=units) for own in (there, here))
+        assert all(torch.equal(found.flat(code), wanted.flat(code)) for code in LANGUAGES)
+        table = average_precision_table(there, units)
+        assert table.device.type == "cpu"
+        assert torch.equal(table, average_precision_table(here, units))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_methods_are_the_same_on_every_device(dtype, device):
+    here = make_responses(0, dtype)
+    check_same_as_on_the_cpu(here, on_device(here, lambda rows: rows.to(device)))
+
+
+def test_the_methods_mix_no_devices(monkeypatch):
+    # The ranking itself is tested above; what is around it runs where there is no second device, too.
+    def ranked(values, labels, n_languages):
+        found = average_precisions(values.cpu(), labels, n_languages)
+        return Elsewhere(found) if isinstance(values, Elsewhere) else found
+
+    monkeypatch.setattr(module, "average_precisions", ranked)
+    here = make_responses(0)
+    rows = make_rows(0)
+    rows["fr"][3, 10 + 6] = torch.nan
+    bad = TextResponses.from_rows(rows, sites=SITES)
+    with other_device():
+        check_same_as_on_the_cpu(here, on_device(here, Elsewhere))
+        with pytest.raises(DataError, match="response of 'fr' at q, layer 1, is NaN"):
+            average_precision(on_device(bad, Elsewhere), k=2)
+        with pytest.raises(RuntimeError, match="same device"):
+            here.rows("en") + Elsewhere(here.rows("en"))
+
+
 def test_threshold_takes_what_passes_in_one_language():
     responses = make_responses(0)
     table = average_precision_table(responses)
@@ -377,12 +423,19 @@ def test_bad_settings_are_sentences():
         ({"k": 0}, "k=0 must be at least 1"),
         ({"k": 5}, "k=5 must be even"),
         ({"k": 500}, "k=500 is more than the 21 units at gate_pre, q, mlp_out; use"),
-        ({"k": 4, "units": "up"}, "units='up' was not recorded; use 'all', or what was recorded: gate_pre, q, mlp_out"),
+        (
+            {"k": 4, "units": "up"},
+            "units='up' was not recorded; pass units='all', or one of 'gate_pre', 'q', 'mlp_out'.",
+        ),
     ):
         with pytest.raises(SettingError, match=message):
             average_precision(responses, **settings)
-    with pytest.raises(SettingError, match="units='mlp' was not recorded"):
+    with pytest.raises(SettingError, match="units='mlp' was not recorded; pass units='q'"):
         average_precision(responses.only("q"), k=4, units="mlp")
+    alone = make_responses(0, sites={"gate_act": (3, 7)})
+    with pytest.raises(SettingError, match="units='linear' was not recorded; pass units='gate_act'"):
+        average_precision(alone, k=4)
+    assert average_precision(alone, k=4, units="gate_act").site == "gate_act"
     for threshold in (-0.1, 1.0, float("nan")):
         with pytest.raises(SettingError, match="threshold="):
             average_precision_threshold(responses, threshold, units="all")

@@ -130,6 +130,8 @@ def test_bad_input_is_a_sentence():
     responses = make_responses(rows)
     broken = {code: table.copy() for code, table in rows.items()}
     broken["fr"][2, 20] = math.nan
+    endless = {code: table.copy() for code, table in rows.items()}
+    endless["sw"][1, 20] = math.inf
     cases = [
         (SettingError, "texts=0", responses, {"texts": 0}),
         (SettingError, "must be a whole number", responses, {"texts": 2.5}),
@@ -139,6 +141,7 @@ def test_bad_input_is_a_sentence():
         (DataError, "at 'post' were not recorded; there are those at up, gate_act", responses, {"site": "post"}),
         (DataError, "'plnd'", make_responses(rows, statistic="plnd"), {"texts": 2}),
         (DataError, "NaN", make_responses(broken), {"texts": 3}),
+        (DataError, "'sw' at 'gate_act' are NaN or infinite", make_responses(endless), {"texts": 3}),
         (DataError, "needs responses", _counts(), {}),
     ]
     for kind, message, data, settings in cases:

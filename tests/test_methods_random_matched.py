@@ -60,6 +60,35 @@ def test_matched_in_number_is_random_like():
     assert set(found.tables["en"].score.tolist()) == {0.0}
 
 
+def test_a_set_of_several_sites_is_matched_in_number():
+    stats = make_stats()
+    one = make_set(stats)
+    sites = {"q": (3, 30), "gate_act": SHAPE}
+    units = {code: torch.cat([torch.tensor([4, 5, 70]), 90 + one.flat(code)]) for code in LANGUAGES}
+    like = NeuronSet.from_units(units, sites=sites, method={"name": "average_precision"})
+    found = identify(stats, "random_matched", like=like, seed=4, match="count")
+    again = like.random_like(4)
+    assert dict(found.sites) == sites
+    for code in LANGUAGES:
+        assert torch.equal(found.flat(code), again.flat(code))
+        for site in sites:
+            drawn, wanted = found.at(site).mask(code), like.at(site).mask(code)
+            assert torch.equal(drawn.sum(dim=1), wanted.sum(dim=1))
+            assert not (drawn & like.at(site).union_mask()).any()
+    # The probabilities are those of the recording's site, where the set is as it is alone.
+    inside = identify(stats, "random_matched", like=one, match="count", seed=4)
+    assert set(found.method["mean_difference"]) == set(inside.method["mean_difference"])
+    drawn = found.at("gate_act")
+    differences = []
+    for layer in range(SHAPE[0]):
+        a, b = (stats.probability()[0, layer][own.mask("en")[layer]].sort().values for own in (one, drawn))
+        differences += (a - b).abs().tolist()
+    assert found.method["mean_difference"]["en"] == pytest.approx(np.mean(differences))
+    away = identify(stats, "random_matched", like=like.at("q"), match="count")
+    assert away.method["mean_difference"] is None
+    assert json.loads(json.dumps(away.method)) == away.method
+
+
 @pytest.mark.parametrize("neighbours", [1, 4])
 def test_every_unit_is_among_the_closest_that_were_free(neighbours):
     # The order in which units are visited is the draw's own, so what is checked holds in any order: the n-th drawn of
@@ -179,15 +208,18 @@ def test_bad_input_is_a_sentence():
     stats = make_stats()
     like = make_set(stats)
     narrow = NeuronSet.from_masks({"en": torch.ones(3, 5, dtype=torch.bool)})
+    shallow = NeuronSet.from_units({"en": torch.tensor([1])}, sites={"gate_act": SHAPE, "q": (2, 9)})
     elsewhere = NeuronSet.from_masks({"en": torch.zeros(SHAPE, dtype=torch.bool)}, site="post")
     several = NeuronSet.from_units({"en": torch.tensor([1])}, sites={"gate_act": SHAPE, "up": SHAPE})
     known = Provenance(model="m", weights="a", n_layers=3, d_mlp=120)
     cases = [
-        (SettingError, "needs a set to match", stats, {}),
+        (SettingError, "needs like=, a neuron set", stats, {}),
         (SettingError, "match='mean'", stats, {"like": like, "match": "mean"}),
         (SettingError, "neighbours=0", stats, {"like": like, "neighbours": 0}),
         (SettingError, "must be a whole number", stats, {"like": like, "seed": 0.5}),
         (ProvenanceError, r"\(3, 5\)", stats, {"like": narrow}),
+        (ProvenanceError, r"\(3, 5\)", stats, {"like": narrow, "match": "count"}),
+        (ProvenanceError, r"\(2, 9\) at q", stats, {"like": shallow, "match": "count"}),
         (ProvenanceError, "at post", stats, {"like": elsewhere}),
         (DataError, "gate_act, up", stats, {"like": several}),
         (DataError, "'sw' was not recorded", stats.select(["en", "fr"]), {"like": like}),

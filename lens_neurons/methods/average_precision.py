@@ -8,21 +8,11 @@ from torch import Tensor
 
 from lens_neurons.collectors import LINEAR_SITES
 from lens_neurons.errors import DataError, SettingError
+from lens_neurons.methods.citations import KOJIMA_2024
 from lens_neurons.methods.ranking import average_precisions
 from lens_neurons.methods.registry import method
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.responses import TextResponses
-
-_BIBTEX = """@inproceedings{kojima2024multilingual,
-  title = {On the Multilingual Ability of Decoder-based Pre-trained Language Models: Finding and Controlling
-           Language-Specific Neurons},
-  author = {Kojima, Takeshi and Okimura, Itsuki and Iwasawa, Yusuke and Yanaka, Hitomi and Matsuo, Yutaka},
-  booktitle = {Proceedings of the 2024 Conference of the North American Chapter of the Association for Computational
-               Linguistics},
-  year = {2024},
-  eprint = {2404.02431},
-  archivePrefix = {arXiv}
-}"""
 
 _WHICH = ("top", "bottom", "both", "medium")
 
@@ -33,7 +23,7 @@ _BLOCK = 1 << 25
 @method(
     "average_precision",
     reference="Kojima et al. 2024, arXiv 2404.02431",
-    bibtex=_BIBTEX,
+    bibtex=KOJIMA_2024,
     needs=("responses",),
     sites=("linear",),
 )
@@ -126,8 +116,9 @@ def chosen_sites(responses: TextResponses, units: str) -> tuple[str, ...]:
     named = {"all": tuple(responses.sites), "linear": LINEAR_SITES, "mlp": LINEAR_SITES[4:]}.get(units, (units,))
     sites = tuple(site for site in responses.sites if site in named)
     if not sites:
-        there = ", ".join(responses.sites)
-        raise SettingError(f"units={units!r} was not recorded; use 'all', or what was recorded: {there}.")
+        there = ", ".join(map(repr, responses.sites))
+        wanted = there if len(responses.sites) == 1 else f"'all', or one of {there}"
+        raise SettingError(f"units={units!r} was not recorded; pass units={wanted}.")
     return sites
 
 
@@ -135,6 +126,8 @@ def scan(
     responses: TextResponses, sites: tuple[str, ...]
 ) -> tuple[Float64[Tensor, "language unit"], Bool[Tensor, " unit"]]:
     """Return the average precision of every unit at some sites, and which units are constant over all texts.
+
+    Both are on the CPU, wherever the responses are.
 
     Raises:
         DataError: Fewer than two languages, a language without texts, or a response that is NaN or infinite.
@@ -157,12 +150,14 @@ def scan(
         own = wanted[first : first + block.shape[1]]
         if not own.any():
             continue
-        low, high = block.amin(dim=0), block.amax(dim=0)
+        # Only the work on all texts is done where the responses are.
+        low, high = block.amin(dim=0).cpu(), block.amax(dim=0).cpu()
         if not bool((own <= ((low > -inf) & (high < inf))).all()):
-            _refuse(responses, first, block, own)
+            _refuse(responses, first, block.cpu(), own)
         to = place[first : first + block.shape[1]][own]
         constant[to] = (low == high)[own]
-        table[:, to] = average_precisions(block if bool(own.all()) else block[:, own], labels, len(counts))
+        chosen = block if bool(own.all()) else block[:, own.to(block.device)]
+        table[:, to] = average_precisions(chosen, labels, len(counts)).cpu()
     return table, constant
 
 

@@ -2,23 +2,16 @@
 
 from lens_neurons.errors import SettingError
 from lens_neurons.methods.average_precision import chosen_sites, neuron_set, scan
+from lens_neurons.methods.citations import RAHMANISA_2025
 from lens_neurons.methods.registry import method
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.responses import TextResponses
-
-_BIBTEX = """@misc{rahmanisa2025unveiling,
-  title = {Unveiling the Influence of Amplifying Language-Specific Neurons},
-  author = {Rahmanisa, Inaya and others},
-  year = {2025},
-  eprint = {2507.22581},
-  archivePrefix = {arXiv}
-}"""
 
 
 @method(
     "average_precision_threshold",
     reference="Rahmanisa et al. 2025, arXiv 2507.22581 (code)",
-    bibtex=_BIBTEX,
+    bibtex=RAHMANISA_2025,
     needs=("responses",),
     sites=("gate_act",),
 )

@@ -4,17 +4,10 @@ import torch
 from torch import Tensor
 
 from lens_neurons.errors import DataError, SettingError
+from lens_neurons.methods.citations import RAHMANISA_2025
 from lens_neurons.methods.registry import method
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.responses import TextResponses
-
-_BIBTEX = """@misc{rahmanisa2025unveiling,
-  title = {Unveiling the Influence of Amplifying Language-Specific Neurons},
-  author = {Rahmanisa, Inaya and others},
-  year = {2025},
-  eprint = {2507.22581},
-  archivePrefix = {arXiv}
-}"""
 
 # Responses read at once.
 _BLOCK = 1 << 24
@@ -23,7 +16,7 @@ _BLOCK = 1 << 24
 @method(
     "language_activated",
     reference="Rahmanisa et al. 2025, arXiv 2507.22581",
-    bibtex=_BIBTEX,
+    bibtex=RAHMANISA_2025,
     needs=("responses",),
     sites=("gate_act",),
 )
@@ -33,7 +26,8 @@ def language_activated(
     """Return, for every language, the units whose mean over a text is above 0 on every one of its first texts.
 
     Source: the amplification study, section on the baseline; raw_act_neurons.py of its code takes 100 sentences. As
-    there, a unit may belong to any number of languages, so that units which are always on belong to all of them.
+    there, a unit may belong to any number of languages, so that units which are always on belong to all of them. No
+    language is compared with another, so a recording of one is enough.
 
     Args:
         responses: A recording with text responses at `site`.
@@ -48,7 +42,8 @@ def language_activated(
 
     Raises:
         SettingError: A number below 1.
-        DataError: The site was not recorded, a language has too few texts, a response is NaN, or the rows are no means.
+        DataError: The site was not recorded, a language has too few texts, a response is NaN or infinite, or the rows
+            are no means.
     """
     if texts < 1:
         raise SettingError(f"texts={texts} must be at least 1.")
@@ -83,7 +78,7 @@ def _smallest(responses: TextResponses, language: str, texts: int, site: str) ->
     step = max(1, _BLOCK // responses.counts()[language])
     for start in range(first, last, step):
         values = responses.rows(language, start, min(start + step, last))[rows].double()
-        if bool(torch.isnan(values).any()):
-            raise DataError(f"responses of '{language}' at '{site}' are NaN; record again, in float32.")
+        if not bool(torch.isfinite(values).all()):
+            raise DataError(f"responses of '{language}' at '{site}' are NaN or infinite; record again, in float32.")
         found.append(values.amin(dim=0))
     return torch.cat(found)

@@ -1,6 +1,7 @@
 """Random units that match a set in number, or in number and activation probability: a control, in a method's place."""
 
 import bisect
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float64, Int64
@@ -16,7 +17,7 @@ from lens_neurons.storage import derive_seed
 @method("random_matched", reference="lens_neurons", needs=("counts",))
 def random_matched(
     stats: ActivationStats,
-    like: NeuronSet | None = None,
+    like: NeuronSet,
     seed: int = 0,
     match: str = "probability",
     neighbours: int = 10,
@@ -26,11 +27,12 @@ def random_matched(
     Every drawn unit lies outside the units of all languages of the set. Under `match="probability"` the units of a
     language and layer are visited in random order, and for each one of the `neighbours` free units that are closest to
     it in the language's activation probability is drawn, without replacement. A set that is compared with such a
-    control owes nothing to how often its units fire. `match="count"` is `NeuronSet.random_like`.
+    control owes nothing to how often its units fire. `match="count"` is `NeuronSet.random_like`, which needs no
+    probabilities, so that the set may be of several sites and of others than the recording's.
 
     Args:
         stats: The recording that the set comes from.
-        like: The set, of one site; required.
+        like: The set; under "probability" of one site, the recording's.
         seed: Seed. A language's draw depends on it, on the language's name and on which units are free, not on which
             other languages there are besides.
         match: "probability", or "count": as many in every layer and nothing else.
@@ -40,60 +42,60 @@ def random_matched(
     Returns:
         The languages of the set to as many units. Scores are the differences in activation probability between each
         unit and the one that it stands in for (0 under "count"). `method["mean_difference"]` has, by language, how far
-        the two sets' activation probabilities are apart on average, when both are sorted within each layer.
+        the two sets' activation probabilities are apart on average, when both are sorted within each layer; under
+        "count" of the units at the recording's site, and None where the set has no such site.
 
     Raises:
-        SettingError: No set, another `match`, or fewer than one neighbour.
-        DataError: A layer has fewer free units than asked for, or a language of the set was not recorded.
-        ProvenanceError: The set has another site, shape or model than the recording.
+        SettingError: Another `match`, or fewer than one neighbour.
+        DataError: Several sites under "probability", a layer with fewer free units than asked for, or a language of
+            the set that was not recorded.
+        ProvenanceError: The set has another site, shape or model than the recording; under "count", another number
+            of layers, another shape at the recording's site, or another model.
     """
-    if like is None:
-        raise SettingError("random_matched needs a set to match; give like=, such as identify(stats).")
     if match not in ("count", "probability"):
         raise SettingError(f"match={match!r} is unknown; use 'probability' or 'count'.")
     if neighbours < 1:
         raise SettingError(f"neighbours={neighbours} must be at least 1.")
-    _require_fit(stats, like)
+    _require_fit(stats, like, match)
     every = stats.probability()
     probability = {code: every[stats.index(code)] for code in like.languages}
+    settings = {
+        "name": "random_matched",
+        "like": dict(like.method),
+        "seed": seed,
+        "match": match,
+        "neighbours": neighbours,
+    }
+    if match == "count":
+        drawn = like.random_like(seed)
+        difference = _mean_differences(probability, like, drawn, stats.site) if stats.site in like.sites else None
+        return replace(drawn, method={**settings, "mean_difference": difference})
     free = ~like.union_mask()
     masks: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
-    if match == "count":
-        drawn = like.random_like(seed)
-        masks = {code: drawn.mask(code) for code in like.languages}
-        scores = {code: torch.zeros(like.shape, dtype=torch.float64) for code in like.languages}
-    else:
-        for code in like.languages:
-            _require_enough(code, like.mask(code), free)
-        for code in like.languages:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "random_matched", code))
-            masks[code], scores[code] = _draw(probability[code], like.mask(code), free, neighbours, generator)
-    return NeuronSet.from_masks(
-        masks,
-        site=like.site,
-        scores=scores,
-        provenance=like.provenance,
-        method={
-            "name": "random_matched",
-            "like": dict(like.method),
-            "seed": seed,
-            "match": match,
-            "neighbours": neighbours,
-            "mean_difference": {
-                code: _mean_difference(probability[code], like.mask(code), masks[code]) for code in masks
-            },
-        },
-    )
+    for code in like.languages:
+        _require_enough(code, like.mask(code), free)
+    for code in like.languages:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "random_matched", code))
+        masks[code], scores[code] = _draw(probability[code], like.mask(code), free, neighbours, generator)
+    drawn = NeuronSet.from_masks(masks, site=like.site, scores=scores, provenance=like.provenance)
+    difference = _mean_differences(probability, like, drawn, stats.site)
+    return replace(drawn, method={**settings, "mean_difference": difference})
 
 
-def _require_fit(stats: ActivationStats, like: NeuronSet) -> None:
+def _require_fit(stats: ActivationStats, like: NeuronSet, match: str) -> None:
     shape = (stats.n_layers, stats.n_neurons)
-    if (like.site, like.shape) != (stats.site, shape):
+    if match == "probability" and (like.site, like.shape) != (stats.site, shape):
         raise ProvenanceError(
             f"the set is at {like.site} {like.shape} and the recording at {stats.site} {shape}; give the recording "
             "that the set comes from."
         )
+    for site, (layers, width) in like.sites.items():
+        if layers != stats.n_layers or (site == stats.site and width != stats.n_neurons):
+            raise ProvenanceError(
+                f"the set has shape {(layers, width)} at {site}, and the recording is at {stats.site} {shape}; give "
+                "the recording that the set comes from."
+            )
     if like.provenance.known and stats.provenance.known:
         stats.provenance.require_same(like.provenance, ("weights",), what="the recording and the set")
 
@@ -143,6 +145,11 @@ def _closest(values: list[float], goal: float, n: int) -> tuple[int, int]:
         else:
             last += 1
     return first, last
+
+
+def _mean_differences(probability: dict[str, Tensor], like: NeuronSet, drawn: NeuronSet, site: str) -> dict[str, float]:
+    one, other = like.at(site), drawn.at(site)
+    return {code: _mean_difference(values, one.mask(code), other.mask(code)) for code, values in probability.items()}
 
 
 def _mean_difference(

@@ -2,18 +2,22 @@
 
 import inspect
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from types import NoneType
+from typing import Any, ParamSpec, get_args
 
+import numpy as np
 import pandas as pd
 
 from lens_neurons.activation_stats import ActivationStats
-from lens_neurons.bins import Bins
+from lens_neurons.bins import Binning, Bins
 from lens_neurons.collect import Collect
 from lens_neurons.errors import DataError, SettingError
 from lens_neurons.features import FeatureStats
 from lens_neurons.histograms import Histograms
+from lens_neurons.methods import citations
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.recorded import Recording
 from lens_neurons.responses import TextResponses
@@ -52,6 +56,16 @@ class Method:
     bibtex: str
     needs: tuple[str, ...]
     sites: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """The settings, by name: what the function takes after the recorded data."""
+        return dict(list(inspect.signature(self.function).parameters.items())[1:])
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The settings that have no default."""
+        return tuple(name for name, setting in self.settings.items() if setting.default is inspect.Parameter.empty)
 
 
 _METHODS: dict[str, Method] = {}
@@ -94,53 +108,118 @@ def identify(data: RecordedData, method: str = "lape", **settings: Any) -> Neuro
         **settings: The method's own settings.
 
     Raises:
-        SettingError: An unknown method or setting, or a value that is no number where one is wanted.
-        DataError: What the method needs was not recorded.
+        SettingError: An unknown method or setting, a value of another type than the setting's, or no value for a
+            setting that the method requires.
+        DataError: What the method needs was not recorded, or the data is a path.
     """
-    function = _of(method).function
-    known = list(inspect.signature(function).parameters)[1:]
-    for name in settings:
-        if name not in known:
-            raise SettingError(f"method '{method}' has no setting '{name}'; it has {', '.join(known)}.")
-        wanted = inspect.signature(function).parameters[name].annotation
-        wanted = next((kind for kind in _NUMBERS if wanted == kind | None and settings[name] is not None), wanted)
-        if wanted in _NUMBERS:
-            settings[name] = _number(method, name, settings[name], wanted)
-    return function(_needed(data, _METHODS[method]), **settings)
+    found = _of(method)
+    checked = _checked(found, settings)
+    return found.function(_needed(data, found), **checked)
 
 
-def _of(name: str) -> Method:
-    if name not in _METHODS:
+def _of(name: Any) -> Method:
+    if not isinstance(name, str) or name not in _METHODS:
         raise SettingError(f"method={name!r} is unknown; use one of {', '.join(sorted(_METHODS))}.")
     return _METHODS[name]
 
 
+# What a setting of a type may be given as, what it is turned into, and what that is called. Settings of other types
+# are for the method to check.
+_TYPES: dict[Any, tuple[Any, Callable[[Any], Any], str]] = {
+    int: (numbers.Integral, int, "a whole number"),
+    float: (numbers.Real, float, "a number"),
+    bool: ((bool, np.bool_), bool, "True or False (in JSON true or false)"),
+    str: (str, lambda value: value, "a string"),
+    NeuronSet: (NeuronSet, lambda value: value, "a neuron set, such as identify returns"),
+    NoneType: (NoneType, lambda value: value, "None"),
+}
+
+
+def _checked(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    settings = method.settings
+    for name in given:
+        if name not in settings:
+            there = ", ".join(settings) or "none"
+            raise SettingError(f"method '{method.name}' has no setting '{name}'; it has {there}.")
+    for name in method.required:
+        if name not in given:
+            wanted = _TYPES.get(settings[name].annotation)
+            raise SettingError(f"method '{method.name}' needs {name}={f', {wanted[2]}' if wanted else ''}.")
+    return {name: _value(method.name, name, value, settings[name].annotation) for name, value in given.items()}
+
+
+def _value(method: str, name: str, value: Any, annotation: Any) -> Any:
+    """Return a setting as what its annotation says, such as `int` or `float | None`."""
+    wanted = get_args(annotation) or (annotation,)
+    if any(kind not in _TYPES for kind in wanted):
+        return value
+    for kind in wanted:
+        allowed, convert, _ = _TYPES[kind]
+        # True is an integer to Python, and no number to us.
+        if isinstance(value, allowed) and (kind is bool or not isinstance(value, bool)):
+            return convert(value)
+    plain = value is None or isinstance(value, str | numbers.Number)
+    shown = f"{name}={value!r}" if plain else f"{name}, {_a(type(value))},"
+    raise SettingError(f"{shown} of method '{method}' must be {' or '.join(_TYPES[kind][2] for kind in wanted)}.")
+
+
+def _a(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
+
+
 def _needed(data: Any, method: Method) -> Any:
     part, kind = _NEEDS[method.needs[0]]
+    if isinstance(data, str | os.PathLike):
+        raise DataError(
+            f"{os.fspath(data)!r} is a path; give what is there, as Recording.load(path) or ActivationStats.load(path) "
+            "returns it."
+        )
     found = data.part(part, method.name) if isinstance(data, Recording) else data
     if not isinstance(found, kind):
         raise DataError(
-            f"method '{method.name}' needs {part}, a {kind.__name__}, and was given {type(data).__name__}; record "
-            f"with collect=collect_for(['{method.name}'])."
+            f"method '{method.name}' needs {part}, {_a(kind)}, and was given {_a(type(data))}; record with "
+            f"collect=collect_for(['{method.name}'])."
         )
     return found
 
 
-def collect_for(methods: Sequence[str], *, responses_dtype: str = "float32", saes: Any = None) -> Collect:
+def collect_for(
+    methods: Sequence[str],
+    *,
+    responses_dtype: str = "float32",
+    saes: Any = None,
+    importances: str = "exact",
+    attention: bool = True,
+    bins: Binning | None = None,
+) -> Collect:
     """Return what a recording must collect so that all of some methods can be run on it.
 
     Args:
         methods: Names of methods.
-        responses_dtype: What text responses are stored in, where a method needs them.
+        responses_dtype: What text responses are stored in, for methods that need "responses".
         saes: Sparse autoencoders, for methods that need "features"; see `place_saes`.
+        importances: "exact" or "released", for methods that need "importances"; see `Collect`.
+        attention: Whether importances are taken of attention units too.
+        bins: For methods that need "histograms"; default: `Bins()`.
 
     Raises:
-        SettingError: An unknown method, or one that needs `saes` without any.
+        SettingError: An unknown method, one that needs `saes` without any, a value that is not allowed, or one that
+            none of the methods makes use of.
     """
-    if isinstance(methods, str):
-        raise SettingError(f"methods={methods!r} is one string; give a list such as ['{methods}'].")
+    _require_types(methods, importances, attention, bins)
     found = [_of(name) for name in methods]
     needs = {need for one in found for need in one.needs}
+    given = {
+        "responses": {"responses_dtype": responses_dtype != "float32"},
+        "features": {"saes": saes is not None},
+        "importances": {"importances": importances != "exact", "attention": not attention},
+        "histograms": {"bins": bins is not None},
+    }
+    for need, settings in given.items():
+        for name, is_given in settings.items():
+            if is_given and need not in needs:
+                users = ", ".join(one.name for one in _METHODS.values() if need in one.needs)
+                raise SettingError(f"none of the methods makes use of {name}=; leave it out, or add one of {users}.")
     if "features" in needs and saes is None:
         named = next(one.name for one in found if "features" in one.needs)
         raise SettingError(f"method '{named}' needs sparse autoencoders; give saes=, such as load_sae('demo').")
@@ -148,57 +227,48 @@ def collect_for(methods: Sequence[str], *, responses_dtype: str = "float32", sae
     return Collect(
         responses=sites,
         responses_dtype=responses_dtype,
-        importances="exact" if "importances" in needs else None,
-        histograms=Bins() if "histograms" in needs else None,
-        saes=saes if "features" in needs else None,
+        importances=importances if "importances" in needs else None,
+        attention=attention,
+        histograms=(Bins() if bins is None else bins) if "histograms" in needs else None,
+        saes=saes,
     )
 
 
-_NUMBERS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
-
-
-def _number(method: str, name: str, value: Any, wanted: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS[wanted]):
-        kind = "a whole number" if wanted is int else "a number"
-        raise SettingError(f"{name}={value!r} of method '{method}' must be {kind}.")
-    return wanted(value)
+def _require_types(methods: Any, importances: Any, attention: Any, bins: Any) -> None:
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        wanted = f"['{methods}']" if isinstance(methods, str) else "['lape']"
+        raise SettingError(f"methods={methods!r} is no list of names; give one such as {wanted}.")
+    if importances not in ("exact", "released"):
+        raise SettingError(f"importances={importances!r} is unknown; use 'exact' or 'released'.")
+    if not isinstance(attention, bool):
+        raise SettingError(f"attention={attention!r} must be True or False.")
+    if not isinstance(bins, Binning | None):
+        raise SettingError(f"bins, {_a(type(bins))}, must be Bins or NeuronBins, such as Bins().")
 
 
 def list_methods() -> pd.DataFrame:
-    """Return a table of the methods: name, reference, what they need."""
-    rows = [{"method": m.name, "reference": m.reference, "needs": ", ".join(m.needs)} for m in _METHODS.values()]
+    """Return a table of the methods: name, reference, what they need recorded, and the settings without a default."""
+    rows = [
+        {"method": m.name, "reference": m.reference, "needs": ", ".join(m.needs), "required": ", ".join(m.required)}
+        for m in _METHODS.values()
+    ]
     return pd.DataFrame(rows).set_index("method").sort_index()
 
 
-_TOOLS = {
-    "lss": """@misc{rahmanisa2025unveiling,
-  title = {Unveiling the Influence of Amplifying Language-Specific Neurons},
-  author = {Rahmanisa, Inaya and others},
-  year = {2025},
-  eprint = {2507.22581},
-  archivePrefix = {arXiv}
-}""",
-    "forcing": """@inproceedings{kojima2024multilingual,
-  title = {On the Multilingual Ability of Decoder-based Pre-trained Language Models: Finding and Controlling
-           Language-Specific Neurons},
-  author = {Kojima, Takeshi and Okimura, Itsuki and Iwasawa, Yusuke and Yanaka, Hitomi and Matsuo, Yutaka},
-  booktitle = {Proceedings of the 2024 Conference of the North American Chapter of the Association for Computational
-               Linguistics},
-  year = {2024},
-  eprint = {2404.02431},
-  archivePrefix = {arXiv}
-}""",
-}
+_TOOLS = {"lss": citations.RAHMANISA_2025, "forcing": citations.KOJIMA_2024}
 # The matrix of perplexity changes is the LAPE paper's.
-_SAME_PAPER = {"perplexity": "lape"}
+_SAME_PAPER = {"perplexity": "lape", "language_id": "sae_lape"}
 
 
 def cite(*results: Any) -> str:
     """Return BibTeX entries for the methods behind some results.
 
     Args:
-        *results: Neuron sets (their method), scores (their `task`, "lss", "forcing" or "perplexity", and the method
-            of the neurons that they score), or such names.
+        *results: Neuron sets (their method), scores (their `task`, such as "lss", "forcing" or "perplexity", and the
+            method of the neurons that they score), comparisons (all their methods), or such names.
+
+    Raises:
+        DataError: Something that has no method.
     """
     entries: dict[str, str] = {}
     for cited in (name for result in results for name in _cited(result)):
@@ -213,8 +283,18 @@ def cite(*results: Any) -> str:
 def _cited(result: Any) -> list[str]:
     if isinstance(result, str):
         return [result]
-    own = isinstance(result, NeuronSet)
-    method: Mapping[str, Any] = result.method if own else getattr(result, "settings", {}).get("method", {})
+    if isinstance(result, NeuronSet):
+        return [_behind(result.method)]
+    settings: Any = getattr(result, "settings", None)
+    if not isinstance(settings, Mapping):
+        raise DataError(
+            f"{_a(type(result))} has no method to cite; give neuron sets, scores, comparisons or names of methods."
+        )
+    known: Mapping[str, Any] = settings
+    methods = [*known.get("methods", {}).values(), known.get("method", {})]
+    return [str(getattr(result, "task", "")), *(_behind(method) for method in methods)]
+
+
+def _behind(method: Mapping[str, Any]) -> str:
     # Random neurons are drawn like some set's: that set's method is behind them.
-    chosen = str(method.get("like", method).get("name", ""))
-    return [chosen] if own else [str(getattr(result, "task", "")), chosen]
+    return str(method.get("like", method).get("name", ""))
