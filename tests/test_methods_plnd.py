@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import Elsewhere, other_device
 from oracle import sentence
 
 from lens_neurons.errors import DataError, SettingError
@@ -189,6 +190,18 @@ def test_the_released_sites_and_float16():
     assert torch.equal(plnd(half, ffn=0.3, min_share=0.6).flat("en"), again.flat("en"))
 
 
+def test_importances_may_be_on_another_device():
+    rows = random_rows(4, {"en": 5, "fr": 4, "sw": 6})
+    for settings in ({"min_share": 0.4}, {"rule": "threshold", "eps": 0.5, "specific": False}):
+        here = plnd(made(rows), **settings)
+        with other_device():
+            there = plnd(made({code: Elsewhere(own) for code, own in rows.items()}), **settings)
+        assert len(here) > 0
+        for code in rows:
+            assert torch.equal(there.flat(code), here.flat(code))
+            assert torch.equal(there.tables[code].score, here.tables[code].score)
+
+
 def test_identify_finds_it_and_says_what_was_asked():
     rows = random_rows(9, {"en": 5, "fr": 8})
     found = identify(made(rows), method="plnd", ffn=1, min_share=0.5)
@@ -219,6 +232,8 @@ def test_identify_finds_it_and_says_what_was_asked():
         ({"rule": "threshold"}, "unpublished"),
         ({"eps": 0.1}, "no meaning"),
         ({"rule": "threshold", "eps": 0.0}, "above 0"),
+        ({"rule": "threshold", "eps": 0.1, "ffn": 0.0}, "ffn=0.0 has no meaning under rule='threshold'"),
+        ({"rule": "threshold", "eps": 0.1, "attention": 0.3}, "attention=0.3 has no meaning"),
         ({"rule": "threshold", "eps": math.nan}, "above 0"),
         ({"rule": "threshold", "eps": math.inf}, "above 0"),
         ({"ffn": -0.1}, "ffn=-0.1"),

@@ -23,6 +23,8 @@ _BIBTEX = """@inproceedings{zhao2024large,
 }"""
 
 _NEURONS = frozenset({"post", "up", "gate_pre"})
+# The defaults of both shares: given where they have no meaning, they are let pass.
+_SHARES = {"ffn": 0.14, "attention": 0.25}
 # Numbers sorted at once.
 _AT_ONCE = 1 << 22
 
@@ -61,7 +63,8 @@ def plnd(
         rule: "top_k" or "threshold".
         eps: Lowest importance that is selected; for rule="threshold", which needs it.
         ffn: Share of a layer's neurons that a document selects, for rule="top_k"; 0 leaves neurons out.
-        attention: Share of a layer's units at each attention site, likewise.
+        attention: Share of a layer's units at each attention site, likewise. To leave units out under "threshold",
+            record without them, or take the sites wanted with `importances.only(...)`.
         min_share: Share of the documents on which a unit must be selected.
         specific: False: return all activated units, which may be of several languages, by mean rank alone.
 
@@ -69,7 +72,7 @@ def plnd(
         Languages to units; those without units are kept, empty.
 
     Raises:
-        SettingError: An unknown rule, no eps or a share out of range.
+        SettingError: An unknown rule, a share out of range, no eps for "threshold", or a setting of the other rule.
         DataError: Something else than importances, fewer than two languages or documents, or NaN.
     """
     shares = {"ffn": ffn, "attention": attention}
@@ -136,8 +139,8 @@ def _tally(
 ) -> _Tally:
     rows = importances.rows(language, *span)
     width = rows.shape[1]
-    count = torch.zeros(width, dtype=torch.int64)
-    twice = torch.zeros(width, dtype=torch.int64)
+    count = torch.zeros(width, dtype=torch.int64, device=rows.device)
+    twice = torch.zeros_like(count)
     step = max(1, _AT_ONCE // width)
     for at in range(0, len(rows), step):
         part = rows[at : at + step]
@@ -154,7 +157,7 @@ def _tally(
             selected = selected & (part >= eps)
         count += selected.sum(dim=0)
         twice += _twice_ranks(part, ordered)
-    return _Tally(len(rows), count, twice.to(torch.float64) / (2 * len(rows) * width))
+    return _Tally(len(rows), count.cpu(), twice.cpu().to(torch.float64) / (2 * len(rows) * width))
 
 
 def _twice_ranks(values: Float[Tensor, "text unit"], ordered: Float[Tensor, "text unit"]) -> Int64[Tensor, " unit"]:
@@ -187,6 +190,11 @@ def _check(
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise SettingError(f"{name}={share} must be from 0 to 1: a share of a layer's units.")
+    for name, share in shares.items():
+        if rule == "threshold" and share != _SHARES[name]:
+            raise SettingError(
+                f"{name}={share} has no meaning under rule='threshold'; use rule='top_k' or leave it out."
+            )
     if rule == "top_k" and not any(_share(site, shares) for site in importances.sites):
         raise SettingError(
             f"ffn={shares['ffn']} and attention={shares['attention']} leave no unit to select at "
