@@ -127,7 +127,7 @@ def test_bad_input_is_a_sentence():
         (SettingError, r"share=1\.1", stats, {"share": 1.1}),
         (SettingError, "measure='mean'", stats, {"measure": "mean"}),
         (SettingError, "over='head'", stats, {"over": "head"}),
-        (DataError, "counts alone", counts, {}),
+        (DataError, "counts alone", counts, {"measure": "positive"}),
         (DataError, "NaN", make_stats(broken), {}),
     ]
     for kind, message, data, settings in cases:
@@ -136,6 +136,24 @@ def test_bad_input_is_a_sentence():
         assert isinstance(caught.value, LensNeuronsError)
         assert str(caught.value).endswith(".")
     assert identify(counts, "specialisation", measure="counts").counts() == {"en": 33}
+
+
+def test_the_measure_is_what_was_recorded():
+    sums = make_stats(make_values(0))
+    counts = ActivationStats.from_counts(
+        dict(zip(sums.languages, sums.tokens.tolist(), strict=True)),
+        dict(zip(sums.languages, sums.positive, strict=True)),
+    )
+    for stats, measure in ((sums, "positive"), (counts, "counts")):
+        found, named = identify(stats, "specialisation"), identify(stats, "specialisation", measure=measure)
+        assert found.method == named.method
+        assert found.method["measure"] == measure
+        assert all(torch.equal(found.mask(code), named.mask(code)) for code in LANGUAGES)
+    # Of one language as of three: nothing is compared.
+    assert torch.equal(identify(counts.select(["sw"]), "specialisation").mask("sw"), found.mask("sw"))
+
+
+def test_it_is_cited():
     assert "Neuron Specialization" in cite("specialisation")
 
 
@@ -168,3 +186,17 @@ def test_overlap_by_layer_of_bad_input_is_a_sentence():
     with pytest.raises(DataError, match="at least two"):
         overlap_by_layer(neurons["en"])
     assert (overlap_by_layer(neurons).value == 1).all()
+
+
+@pytest.mark.parametrize("metric", ["jaccard", "dice", "count"])
+def test_overlap_by_layer_of_one_layer_is_the_overlap_of_the_set(metric):
+    # One language has no unit, and two have none between them.
+    units = {"en": [0, 3, 4], "fr": [3, 5], "sw": [], "th": []}
+    neurons = NeuronSet.from_units(
+        {code: torch.tensor(own, dtype=torch.int64) for code, own in units.items()}, sites={"post": (1, 7)}
+    )
+    whole = neurons.overlap(metric)
+    by_layer = overlap_by_layer(neurons, metric).set_index(["language", "other"])["value"]
+    assert by_layer["sw", "th"] == 0
+    for (one, other), value in by_layer.items():
+        assert value == whole.loc[one, other]

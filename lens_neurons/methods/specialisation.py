@@ -19,7 +19,7 @@ _BIBTEX = """@inproceedings{tan2024neuron,
   year = {2024}
 }"""
 
-_MEASURES = ("positive", "counts")
+_MEASURES = (None, "positive", "counts")
 
 
 def fewest_covering(mass: Float64[Tensor, "group neuron"], share: float) -> Bool[Tensor, "group neuron"]:
@@ -46,24 +46,26 @@ def fewest_covering(mass: Float64[Tensor, "group neuron"], share: float) -> Bool
     needs=("counts",),
 )
 def specialisation(
-    stats: ActivationStats, share: float = 0.95, measure: str = "positive", over: str = "layer"
+    stats: ActivationStats, share: float = 0.95, measure: str | None = None, over: str = "layer"
 ) -> NeuronSet:
     """Return, for every language, the fewest neurons that carry a share of its activation.
 
     In every layer the neurons are taken in descending order of their activation in the language until `share` of the
     layer's is reached (Tan et al. 2024, there of tasks). What a language does not share with another shows in
     `overlap_by_layer`, as Trinley et al. 2025 compare languages and code-mixed text; the sets alone are not
-    language-specific, and a neuron that is always active is in all of them.
+    language-specific, and a neuron that is always active is in all of them. No language is compared with another, so
+    a recording of one is enough.
 
     Args:
         stats: A recording.
         share: Share of the activation, above 0 and at most 1.
         measure: "positive": the sum of activations above 0; "counts": the number of tokens with one, which is all that
-            counts alone can tell.
+            counts alone can tell. Default: "positive" where sums were recorded, else "counts".
         over: "layer": every layer by itself; "model": all layers together.
 
     Returns:
         Languages to units, largest first; the score is the negated share of the layer's (or model's) activation.
+        `method["measure"]` is the measure that was used.
 
     Raises:
         SettingError: A share outside (0, 1], or another measure or `over`.
@@ -76,9 +78,13 @@ def specialisation(
             f"measure={measure!r} and over={over!r} are not both known; use measure='positive' or 'counts', and "
             "over='layer' or 'model'."
         )
+    if measure is None:
+        measure = "counts" if stats.sum_positive is None else "positive"
     mass = stats.positive.double() if measure == "counts" else stats.sum_positive
     if mass is None:
-        raise DataError("these statistics are counts alone; use measure='counts', or record them with lens_neurons.")
+        raise DataError(
+            "these statistics are counts alone; use measure='counts', leave it out, or record them with lens_neurons."
+        )
     if not bool(torch.isfinite(mass).all()):
         raise DataError("sums of activations are NaN or infinite; record again, in float32.")
     shape = (stats.n_layers, stats.n_neurons)
@@ -105,7 +111,7 @@ def overlap_by_layer(neurons: NeuronSet, metric: str = "jaccard") -> pd.DataFram
     Args:
         neurons: A set of any method.
         metric: "jaccard": shared / union (the papers' IoU); "dice": 2 shared / (sum of sizes); "count" of shared
-            units. Two languages without units in a layer give 0.
+            units. Two languages without units in a layer give 0, as in `NeuronSet.overlap`.
 
     Raises:
         SettingError: Another metric.
