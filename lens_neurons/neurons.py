@@ -62,7 +62,8 @@ class NeuronSet(UnitSet, Shareable):
             notes: Exceptions worth reading.
 
         Raises:
-            DataError: No mask, or masks of different shapes; a unit without a kind, or with two.
+            DataError: No mask, or masks of different shapes; a language twice, such as "en" and "english"; a unit
+                without a kind, or with two.
         """
         shapes = {tuple(mask.shape) for mask in masks.values()}
         if len(shapes) != 1:
@@ -113,7 +114,8 @@ class NeuronSet(UnitSet, Shareable):
             notes: Exceptions worth reading.
 
         Raises:
-            DataError: No site; a number out of range or twice in a language; scores or kinds of another number.
+            DataError: No site; a language twice, such as "en" and "english"; a number out of range or twice in a
+                language; scores or kinds of another number.
         """
         total = sum(layers * width for layers, width in sites.values())
         if not total:
@@ -123,6 +125,9 @@ class NeuronSet(UnitSet, Shareable):
         names = tuple(dict.fromkeys([*kind_names, *(name for own in (kinds or {}).values() for name in own)]))
         tables: dict[str, UnitTable] = {}
         for label, numbers in units.items():
+            code = canonical(label)
+            if code in tables:
+                raise DataError(f"'{label}' is language '{code}', which is given twice; name each language once.")
             flat = numbers.cpu().to(torch.int64)
             score = torch.zeros(len(flat), dtype=torch.float64) if scores is None else scores[label].cpu()
             if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < total:
@@ -133,7 +138,7 @@ class NeuronSet(UnitSet, Shareable):
             if own is not None and len(own) != len(flat):
                 raise DataError(f"'{label}' has {len(flat)} units and {len(own)} kinds; give one each.")
             site, layer, index = places(flat, sites)
-            tables[canonical(label)] = UnitTable(layer, index, score.to(torch.float64), site, own)
+            tables[code] = UnitTable(layer, index, score.to(torch.float64), site, own)
         known = provenance or Provenance.unknown(next(iter(sites.values())), "+".join(sites))
         return cls(tables, dict(sites), known, dict(method or {}), tuple(notes), names)
 

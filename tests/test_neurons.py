@@ -63,6 +63,18 @@ def test_units_are_ordered_by_score_layer_index():
     assert neurons.to_frame()["rank"].tolist() == [0, 1, 2, 3]
 
 
+def test_a_language_under_two_labels_is_refused():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    units = {"en": torch.tensor([0]), "fr": torch.tensor([1]), "english": torch.tensor([2])}
+    for make in (
+        lambda: NeuronSet.from_masks({"en": mask, "English": ~mask}),
+        lambda: NeuronSet.from_units(units, sites={"gate_act": (2, 3)}),
+    ):
+        with pytest.raises(DataError, match="nglish' is language 'en', which is given twice") as caught:
+            make()
+        assert str(caught.value).endswith(".")
+
+
 def test_an_empty_language_is_kept():
     neurons = random_set()
     assert neurons.languages == ("en", "fr", "sw", "qu")
