@@ -1,4 +1,4 @@
-"""The command line: `lens-neurons demo | record | identify | steer | evaluate | report | show`.
+"""The command line: `lens-neurons demo | record | methods | identify | compare | steer | evaluate | report | show`.
 
 Each command prints a table and writes files that the library loads. Commands import what they need, so that
 `--help` answers at once. With `--json` nothing but JSON goes to standard output; progress goes to standard error.
@@ -107,7 +107,7 @@ def _load_corpus(source: str, languages: str | None, field: str, limit: int | No
     from lens_neurons.corpus import Corpus
 
     codes = [code for code in (languages or "").split(",") if code]
-    if source in ("packaged", "packaged:held_out", "packaged:all"):
+    if source == "packaged" or source.startswith("packaged:"):
         corpus = Corpus.packaged(source.partition(":")[2] or "identify")
     elif "{code}" in source or "{flores}" in source:
         kind = "parquet" if source.endswith(".parquet") else "json" if ".json" in source else "text"
@@ -162,8 +162,8 @@ def record(
     corpus: Annotated[
         str,
         typer.Option(
-            help="'packaged', 'packaged:held_out', a folder of {language}.txt[.gz], a pattern with {code} or {flores}, "
-            "or a dataset on the hub."
+            help="'packaged', 'packaged:held_out' (or :all, :culture, :culture-plain, :code), a folder of "
+            "{language}.txt[.gz], a pattern with {code} or {flores}, or a dataset on the hub."
         ),
     ] = "packaged",
     languages: Annotated[str | None, typer.Option(help="Comma-separated codes; default: all of the corpus.")] = None,
@@ -177,6 +177,7 @@ def record(
     site: Annotated[str, typer.Option(help="gate_act, post, gate_pre, up, q, k, v, attn_out or mlp_out.")] = "gate_act",
     texts_kept: Annotated[int, typer.Option(help="Texts a language whose means give p_max and its like.")] = 100,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in a batch.")] = 4096,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens in a shard, the unit of resuming and halving.")] = 65_536,
     methods: Annotated[
         str | None, typer.Option(help="Comma-separated methods to collect for beside counts and sums; see `methods`.")
     ] = None,
@@ -196,7 +197,7 @@ def record(
     if sae and not methods:
         raise SettingError("--sae does nothing without --methods; name the methods that need it, such as sae_lape.")
     saes = [load_sae(one) for one in sae or []]
-    collect = collect_for(methods.split(","), saes=saes or None) if methods else None
+    collect = collect_for([name.strip() for name in methods.split(",")], saes=saes or None) if methods else None
     texts = _load_corpus(corpus, languages, field, limit)
     policy: dict[str, Any] = {"bos": bos, "overflow": overflow, "chat": chat, "site": site}  # record checks them
     made: Any = run(
@@ -209,6 +210,7 @@ def record(
         pack=pack,
         texts_kept=texts_kept,
         batch_tokens=batch_tokens,
+        shard_tokens=shard_tokens,
     )
     stats = made if collect is None else made.stats
     _emit(stats.to_frame(), as_json, f"Recorded to {out}", path=str(out))
@@ -239,6 +241,22 @@ def identify(
     neurons = run(data, method=method, **_settings(setting or []))
     neurons.save(out)
     _emit(neurons.summary(), as_json, f"{method}: {len(neurons)} units, written to {out}", path=str(out))
+
+
+@app.command()
+def compare(
+    sets: Annotated[list[Path], typer.Argument(help="Neuron sets of one model; their files' names are the methods'.")],
+    out: Annotated[Path | None, typer.Option(help="File for the comparison, which `report` takes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare neuron sets: shared units by language, beside what chance would share."""
+    from lens_neurons.compare import compare_methods
+    from lens_neurons.neurons import NeuronSet
+
+    found = compare_methods({path.stem: NeuronSet.load(path) for path in sets})
+    if out is not None:
+        found.save(out)
+    _emit(found.to_frame(), as_json, repr(found), path=None if out is None else str(out))
 
 
 @app.command()

@@ -134,3 +134,37 @@ def test_settings_are_json_where_they_can_be():
     with pytest.raises(cli.SettingError, match="'top_rate' is no setting"):
         cli._settings(["top_rate"])
     assert cli._settings(["a=1", "b=0.5", "c=x", "d=true"]) == {"a": 1, "b": 0.5, "c": "x", "d": True}
+
+
+def test_recording_for_methods_and_comparing_what_they_find(tmp_path, monkeypatch, capsys):
+    folder = save_folder(tmp_path / "model", "llama", add_bos=True).folder
+
+    def call(*arguments):
+        code, out, err = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return json.loads(out)
+
+    listed = {row["method"]: row for row in call("methods", "--json")["rows"]}
+    assert listed["average_precision"]["needs"] == "responses"
+    call("record", "--model", folder, "--out", tmp_path / "r", "--languages", "en,fr", "--limit", 8,
+         "--methods", "lape, average_precision", "--shard-tokens", 60, "--json")  # fmt: skip
+    assert len(list((tmp_path / "r" / "responses").iterdir())) > 4
+    call("identify", tmp_path / "r", "--method", "average_precision", "--set", "k=20", "--out", tmp_path / "ap.st",
+         "--json")  # fmt: skip
+    call("identify", tmp_path / "r", "--set", "top_rate=0.5", "--out", tmp_path / "lape.st", "--json")
+    rows = call("compare", tmp_path / "lape.st", tmp_path / "ap.st", "--out", tmp_path / "c.json", "--json")["rows"]
+    assert {row["language"] for row in rows} == {"en", "fr"}
+    assert load_part(tmp_path / "c.json").languages == ("en", "fr")
+    code, _, err = run(monkeypatch, capsys, "identify", tmp_path / "r", "--method", "plnd")
+    assert (code, "needs importances" in err) == (2, True)
+    code, _, err = run(monkeypatch, capsys, "record", "--out", tmp_path / "s", "--sae", "demo")
+    assert (code, "--methods" in err) == (2, True)
+
+
+def test_cultures_and_code_are_packaged_corpora(tmp_path, monkeypatch, capsys):
+    folder = save_folder(tmp_path / "model", "llama", add_bos=True).folder
+    for name, label in (("culture", "culture:fr"), ("code", "python")):
+        code, out, err = run(monkeypatch, capsys, "record", "--model", folder, "--out", tmp_path / name, "--corpus",
+                             f"packaged:{name}", "--limit", 2, "--json")  # fmt: skip
+        assert code == 0, err
+        assert label in {row["language"] for row in json.loads(out)["rows"]}

@@ -430,8 +430,9 @@ def test_contributing_method_example_runs():
         registry._METHODS.update(known)
 
 
-def test_readme_example_is_python_and_names_only_public_things():
-    tree = ast.parse(code_block(ROOT / "README.md", "## A first look"))
+@pytest.mark.parametrize("heading", ["## A first look", "## Every method, from one recording"])
+def test_readme_examples_are_python_and_name_only_public_things(heading: str):
+    tree = ast.parse(code_block(ROOT / "README.md", heading))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ln"}
     assert used
     assert used <= set(lens_neurons.__all__)
