@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +18,13 @@ from lens_neurons.sharing import CardFacts, Shareable
 from lens_neurons.storage import (
     SCHEMA,
     Provenance,
+    corpus_of,
     load_tensors,
+    reading,
+    require_fields,
     require_kind,
+    require_tables,
     save_tensors,
-    sha256_of,
 )
 
 KIND = "activation_stats"
@@ -388,13 +391,17 @@ class ActivationStats(Shareable):
                 raise StorageError(f"{path} is no finished recording; finish it with record(model, corpus, path).")
         tensors, header = load_tensors(source)
         require_kind(source, header, KIND)
-        return cls(
-            languages=tuple(header["languages"]),
-            site=header["site"],
-            provenance=Provenance.from_dict(header["provenance"]),
-            notes=header["notes"],
-            **{**_absent(), **tensors},
-        )
+        with reading(source):
+            require_fields(header, {"languages": list, "site": str, "notes": dict, "provenance": dict})
+            hints = {entry.name: entry.type for entry in fields(cls) if entry.name in tensors}
+            require_tables(tensors, hints, header["languages"])
+            return cls(
+                languages=tuple(header["languages"]),
+                site=header["site"],
+                provenance=Provenance.from_dict(header["provenance"]),
+                notes=header["notes"],
+                **{**_absent(), **tensors},
+            )
 
 
 def _texts_kept(stats: ActivationStats) -> int | None:
@@ -406,8 +413,4 @@ def _absent() -> dict[str, Any]:
 
 
 def _corpus_of(notes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the fingerprint of the corpus that has just these languages, as `Corpus.fingerprint_all` makes it."""
-    known = {code: str(note.get("corpus", "")) for code, note in notes.items()}
-    if not known or not all(known.values()):
-        return ""
-    return sha256_of("\n".join(f"{code} {known[code]}" for code in sorted(known)))
+    return corpus_of({code: str(note.get("corpus", "")) for code, note in notes.items()})

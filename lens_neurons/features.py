@@ -7,7 +7,7 @@ everything else; the values of a hook are encoded a few tokens at a time, so tha
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,16 @@ from lens_neurons.collectors import Collector, HookPair
 from lens_neurons.errors import DataError, ModelError, ProvenanceError
 from lens_neurons.languages import canonical
 from lens_neurons.sae import PlacedSAE, counted_values, place_saes
-from lens_neurons.storage import SCHEMA, Provenance, load_tensors, require_kind, save_tensors
+from lens_neurons.storage import (
+    SCHEMA,
+    Provenance,
+    load_tensors,
+    reading,
+    require_fields,
+    require_kind,
+    require_tables,
+    save_tensors,
+)
 
 KIND = "features"
 
@@ -88,7 +97,7 @@ class FeatureStats:
                 f"features of {sizes[0]} languages in {sizes[1]} layers need tables [{sizes[0]}, {sizes[1]}, latent]; "
                 f"got {tuple(self.active_tokens.shape)}."
             )
-        if sorted(set(self.layers)) != list(self.layers) or not set(self.layers) <= set(range(self.n_layers)):
+        if sorted(set(self.layers)) != list(self.layers) or not all(0 <= n < self.n_layers for n in self.layers):
             raise DataError(f"layers {self.layers} must ascend and be below {self.n_layers}; give the SAEs' layers.")
         for code, tokens, texts in zip(self.languages, self.tokens.tolist(), self.texts.tolist(), strict=True):
             if tokens < 1 or texts < 1:
@@ -281,21 +290,27 @@ class FeatureStats:
         tensors, header = load_tensors(path)
         require_kind(path, header, KIND)
         tables: dict[str, Any] = dict(tensors)
-        return cls(
-            languages=tuple(header["languages"]),
-            site=header["site"],
-            n_layers=header["n_layers"],
-            layers=tuple(header["layers"]),
-            provenance=Provenance.from_dict(header["provenance"]),
-            notes=header["notes"],
-            **tables,
-        )
+        kinds = {"languages": list, "site": str, "n_layers": int, "layers": list, "notes": dict, "provenance": dict}
+        with reading(path):
+            require_fields(header, kinds)
+            hints = {entry.name: entry.type for entry in fields(cls) if entry.name in tensors}
+            require_tables(tensors, hints, header["languages"])
+            return cls(
+                languages=tuple(header["languages"]),
+                site=header["site"],
+                n_layers=header["n_layers"],
+                layers=tuple(header["layers"]),
+                provenance=Provenance.from_dict(header["provenance"]),
+                notes=header["notes"],
+                **tables,
+            )
 
 
 class FeatureCollector(Collector):
     """Collects `FeatureStats`: encodes what each SAE reads at the counted tokens, and counts."""
 
     name = "features"
+    needs_texts = True
 
     def __init__(self, adapter: Adapter, saes: Any) -> None:
         """Start at zero.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Float64, Int32, Int64
+from jaxtyping import Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from lens_neurons.adapter import Adapter
@@ -22,7 +22,16 @@ from lens_neurons.bins import Binning, Bins, binning_of
 from lens_neurons.collectors import Collector, HookPair
 from lens_neurons.errors import DataError, ModelError, SettingError
 from lens_neurons.languages import canonical
-from lens_neurons.storage import SCHEMA, Provenance, load_tensors, require_kind, save_tensors
+from lens_neurons.storage import (
+    SCHEMA,
+    Provenance,
+    load_tensors,
+    reading,
+    require_fields,
+    require_kind,
+    require_tables,
+    save_tensors,
+)
 
 KIND = "histograms"
 
@@ -259,9 +268,19 @@ class Histograms:
         """
         tensors, header = load_tensors(path)
         require_kind(path, header, KIND)
-        counts = {code: tensors[f"{number}.counts"] for number, code in enumerate(header["languages"])}
-        provenance, bins = Provenance.from_dict(header["provenance"]), binning_of(header["bins"], tensors)
-        return cls(counts, tensors["tokens"], bins, header["site"], provenance, header["notes"])
+        with reading(path):
+            fields = {"languages": list, "site": str, "bins": dict, "notes": dict, "provenance": dict}
+            require_fields(header, fields)
+            names = [f"{number}.counts" for number in range(len(header["languages"]))]
+            shapes: dict[str, Any] = dict.fromkeys(names, Int32[Tensor, "layer neuron bin"])
+            if "ranges" in header["bins"]:
+                shapes |= dict.fromkeys(("low", "high"), Float32[Tensor, "layer neuron"])
+            require_tables(tensors, {"tokens": Int64[Tensor, " language"], **shapes}, header["languages"])
+            counts = {code: tensors[name] for code, name in zip(header["languages"], names, strict=True)}
+            provenance, bins = Provenance.from_dict(header["provenance"]), binning_of(header["bins"], tensors)
+            if not counts or next(iter(counts.values())).shape[2] != bins.n + 2:
+                raise DataError(f"it needs a language, and counts of {bins.n + 2} bins; count again.")
+            return cls(counts, tensors["tokens"], bins, header["site"], provenance, header["notes"])
 
 
 def _require_countable(language: str, tokens: int) -> None:

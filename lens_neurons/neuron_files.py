@@ -16,9 +16,18 @@ from torch import Tensor
 
 from lens_neurons.errors import DataError, SettingError, StorageError
 from lens_neurons.languages import canonical
-from lens_neurons.neurons import NeuronSet, header_of, with_header
+from lens_neurons.neurons import NeuronSet, header_of, require_header, sites_of, with_header
 from lens_neurons.published import read_lists
-from lens_neurons.storage import SCHEMA, Provenance, load_json, require_kind, save_json, sha256_of, write_atomic
+from lens_neurons.storage import (
+    SCHEMA,
+    Provenance,
+    load_json,
+    reading,
+    require_kind,
+    save_json,
+    sha256_of,
+    write_atomic,
+)
 from lens_neurons.unit_table import UnitTable, flat_numbers
 
 _FORMATS = {".safetensors": "safetensors", ".csv": "csv", ".parquet": "parquet", ".pth": "lape", ".pt": "lape"}
@@ -220,6 +229,8 @@ def _require_header(path: str | os.PathLike[str], header: Any) -> None:
     require_kind(path, header, "neuron_set")
     if not isinstance(header.get("schema"), int) or header["schema"] > SCHEMA:
         raise StorageError(f"{path} has schema {header.get('schema')}, above {SCHEMA}; upgrade lens_neurons.")
+    with reading(path):
+        require_header(header)
 
 
 def _read_csv(path: str | os.PathLike[str], *, own: bool) -> tuple[pd.DataFrame, dict[str, Any] | None]:
@@ -291,9 +302,7 @@ def _foreign_header(
 
 def _from_rows(path: str | os.PathLike[str], rows: Any, header: Mapping[str, Any]) -> NeuronSet:
     """Return the set of a table's rows and a header."""
-    order = header.get("site_order", header["sites"])
-    sites = {site: (int(header["sites"][site][0]), int(header["sites"][site][1])) for site in order}
-    languages, kinds = list(header["languages"]), list(header["kinds"])
+    sites, languages, kinds = sites_of(header), list(header["languages"]), list(header["kinds"])
     if "site" not in rows and len(sites) > 1:
         raise DataError(f"{path} has no column 'site', so its units cannot be of {', '.join(sites)}; name one site.")
     language = rows["language"].map({label: canonical(label) for label in rows["language"].unique()})

@@ -16,15 +16,26 @@ from lens_neurons.errors import DataError, SettingError
 from lens_neurons.languages import canonical
 from lens_neurons.published import read_lists
 from lens_neurons.sharing import CardFacts, Shareable
-from lens_neurons.storage import SCHEMA, Provenance, load_tensors, require_kind, save_tensors
+from lens_neurons.storage import (
+    SCHEMA,
+    Provenance,
+    load_tensors,
+    reading,
+    require_fields,
+    require_kind,
+    save_tensors,
+)
 from lens_neurons.unit_set import UnitSet
-from lens_neurons.unit_table import UnitTable, draw_like, kinds_by_unit, places
+from lens_neurons.unit_table import UnitTable, draw_like, kinds_by_unit, places, require_columns
 
 Metric = Literal["jaccard", "count", "dice"]
 
 # What must agree between a neuron set and the model it is used on (design rule 10).
 _SHAPE_FIELDS = ("n_layers", "d_mlp")
 _MODEL_FIELDS = ("weights", "dtype", "revision", "tokenizer")
+
+# More than any model has; a mask over as many still fits into memory that can be had.
+_MOST_UNITS = 1 << 33
 
 
 @dataclass(frozen=True, repr=False)
@@ -266,16 +277,22 @@ class NeuronSet(UnitSet, Shareable):
         """Return the set in a file written by `save`.
 
         Raises:
-            StorageError: The file is damaged or of another kind.
+            StorageError: The file is damaged, of another kind, or not consistent: whoever wrote it.
         """
         tensors, header = load_tensors(path)
         require_kind(path, header, "neuron_set")
-        tables: dict[str, UnitTable] = {}
-        for number, code in enumerate(header["languages"]):
-            layer, index, score = (tensors[f"{number}.{name}"] for name in ("layer", "index", "score"))
-            site = tensors.get(f"{number}.site", torch.zeros_like(layer))
-            tables[code] = UnitTable(layer, index, score, site, tensors.get(f"{number}.kind"))
-        return with_header(tables, header)
+        with reading(path):
+            require_header(header)
+            sites, kinds = sites_of(header), header.get("kinds", [])
+            tables: dict[str, UnitTable] = {}
+            for number, label in enumerate(header["languages"]):
+                columns = {name: tensors[f"{number}.{name}"] for name in ("layer", "index", "score")}
+                columns["site"] = tensors.get(f"{number}.site", torch.zeros_like(columns["layer"]))
+                if f"{number}.kind" in tensors:
+                    columns["kind"] = tensors[f"{number}.kind"]
+                require_columns(columns, sites, len(kinds))
+                tables[canonical(label)] = UnitTable(**columns)
+            return with_header(tables, header)
 
     def card_facts(self) -> CardFacts:
         """Return what the card on the hub says of the set."""
@@ -339,8 +356,32 @@ def header_of(neurons: NeuronSet) -> dict[str, Any]:
 
 def with_header(tables: Mapping[str, UnitTable], header: Mapping[str, Any]) -> NeuronSet:
     """Return the set of some units and what `header_of` said of it."""
-    # The header's keys are sorted when it is written, so the order of the sites stands beside them.
-    sites = {site: tuple(header["sites"][site]) for site in header.get("site_order", header["sites"])}
     provenance = Provenance.from_dict(header["provenance"])
     kinds = tuple(header.get("kinds", ()))
-    return NeuronSet(tables, sites, provenance, header["method"], tuple(header["notes"]), kinds)
+    return NeuronSet(tables, sites_of(header), provenance, header["method"], tuple(header["notes"]), kinds)
+
+
+def sites_of(header: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the sites in a header, in the order of the flat numbers."""
+    # The header's keys are sorted when it is written, so the order of the sites stands beside them.
+    order = header.get("site_order", header["sites"])
+    return {site: (int(header["sites"][site][0]), int(header["sites"][site][1])) for site in order}
+
+
+def require_header(header: Mapping[str, Any]) -> None:
+    """Raise a DataError unless a header is as `header_of` makes it."""
+    require_fields(header, {"languages": list, "sites": dict, "method": dict, "notes": list, "provenance": dict})
+    sites, kinds = header["sites"], header.get("kinds", [])
+    for site, shape in sites.items():
+        whole = isinstance(shape, (list, tuple)) and [type(size) for size in shape] == [int, int]
+        if not whole or min(shape) < 1:
+            raise DataError(f"site '{site}' needs two whole numbers of at least 1, layers and width; got {shape!r}.")
+    if not 0 < sum(layers * width for layers, width in sites.values()) <= _MOST_UNITS:
+        raise DataError(f"its sites must have 1 to {_MOST_UNITS} units together; give the sites of a model.")
+    if sorted(header.get("site_order", sites)) != sorted(sites):
+        raise DataError("'site_order' must name every site once; give the sites of a model.")
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(set(kinds)) != len(kinds):
+        raise DataError("'kinds' must be names that come once each; give each one name.")
+    if not all(isinstance(note, str) for note in header["notes"]):
+        raise DataError("'notes' must be sentences; give text.")
+    Provenance.from_dict(header["provenance"])

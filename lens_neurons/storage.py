@@ -1,21 +1,24 @@
 """Files that say where they came from: atomic writes, checksums, schema versions, provenance. No pickle."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from jaxtyping import Shaped, jaxtyped
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lens_neurons.errors import ProvenanceError, StorageError
+from lens_neurons.errors import DataError, ProvenanceError, SettingError, StorageError
+from lens_neurons.languages import canonical
 
 # Version of every file layout that this package writes. Each has one golden file in tests/data.
 SCHEMA = 1
@@ -66,8 +69,10 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StorageError(f"{path} does not exist; give the path of a file that was saved before.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is not valid JSON ({error}); it is damaged or of another kind.") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({type(error).__name__}); give the path of a file.") from None
 
 
 def sha256_of(content: bytes | str | Path) -> str:
@@ -76,6 +81,16 @@ def sha256_of(content: bytes | str | Path) -> str:
         with content.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def corpus_of(fingerprints: Mapping[str, str]) -> str:
+    """Return the fingerprint of a corpus from those of its languages, as `Corpus.fingerprint_all` makes it.
+
+    It is "" where that of a language is unknown.
+    """
+    if not fingerprints or not all(fingerprints.values()):
+        return ""
+    return sha256_of("\n".join(f"{code} {fingerprints[code]}" for code in sorted(fingerprints)))
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -111,15 +126,19 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise StorageError(f"{path} does not exist; give the path of a file that was saved before.") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({type(error).__name__}); give the path of a file.") from None
     try:
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length])["__metadata__"]
         header = json.loads(metadata[_HEADER])
         tensors = safetensors.torch.load(data)
-    except (KeyError, ValueError, TypeError, SafetensorError, UnicodeDecodeError, MemoryError) as error:
+    except (KeyError, ValueError, TypeError, SafetensorError, MemoryError, RecursionError) as error:
         raise StorageError(
             f"{path} is damaged or was not written by lens_neurons ({error}); record or download it again."
         ) from None
+    if not isinstance(header, dict):
+        raise StorageError(f"{path} has a header that is no JSON object; record or download it again.")
     if _checksum(header, tensors) != metadata.get("sha256"):
         raise StorageError(f"{path} fails its checksum: the file was changed or damaged; make it again.")
     schema = header.get("schema")
@@ -135,6 +154,55 @@ def require_kind(path: str | os.PathLike[str], header: Mapping[str, Any], kind: 
     """Raise a StorageError unless a file's header says that it holds what is asked for."""
     if header.get("kind") != kind:
         raise StorageError(f"{path} holds '{header.get('kind')}', but '{kind}' was expected; give another file.")
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Generator[None]:
+    """Turn what the content of a file makes this package or Python raise into a StorageError with its path.
+
+    For the part of a `load` that takes header and tensors apart: a checksum says that a file is as it was written, not
+    that this package wrote it.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, DataError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        own = isinstance(error, (DataError, SettingError))
+        first = next(iter(str(error).splitlines()), "").rstrip(".:")[:160]
+        reason = first if own else f"{type(error).__name__}: {first}"
+        raise StorageError(
+            f"{path} holds what lens_neurons does not write ({reason}); record or download it again."
+        ) from error
+
+
+def require_fields(header: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Raise a DataError unless a header has the named fields, each of its type, and languages that come once each."""
+    for name, kind in kinds.items():
+        if not isinstance(header.get(name), kind):
+            raise DataError(f"its header needs '{name}' as {kind.__name__}; got {type(header.get(name)).__name__}.")
+    if "languages" in kinds:
+        labels = header["languages"]
+        if not all(isinstance(label, str) for label in labels) or len(set(map(canonical, labels))) != len(labels):
+            raise DataError("its languages must be labels that come once each; give each one name.")
+
+
+def require_tables(tensors: Mapping[str, Tensor], hints: Mapping[str, Any], languages: Sequence[str] = ()) -> None:
+    """Raise a DataError unless tensors have the types and shapes that jaxtyping annotations say.
+
+    Args:
+        tensors: The tensors.
+        hints: Name of a tensor to its annotation; axes of one name must be of one length in all of them.
+        languages: What the axis "language" must have the length of, where there is any.
+    """
+    with jaxtyped("context"):
+        # The first use of an axis says its length.
+        first: Any = Shaped[Tensor, "language _"]
+        fits = not languages or isinstance(torch.empty(len(languages), 0), first)
+        for name, hint in hints.items():
+            if name not in tensors:
+                raise DataError(f"tensor '{name}' is missing; make the file again.")
+            if not fits or not isinstance(tensors[name], hint):
+                got = f"{tensors[name].dtype} {list(tensors[name].shape)}"
+                raise DataError(f"tensor '{name}' is {got}, which does not fit the rest; make the file again.")
 
 
 @dataclass(frozen=True)
@@ -183,7 +251,14 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Provenance":
-        """Return the provenance in a header; fields of later versions are kept in `extra`."""
+        """Return the provenance in a header; fields of later versions are kept in `extra`.
+
+        Raises:
+            DataError: A field is of another type.
+        """
+        for name, default in cls().to_dict().items():
+            if name in values and type(values[name]) is not type(default):
+                raise DataError(f"a provenance needs {name} as {type(default).__name__}; got {values[name]!r}.")
         names = {entry.name for entry in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
         later = {name: value for name, value in values.items() if name not in names}

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens_neurons.errors import StorageError
-from lens_neurons.storage import SCHEMA, load_json, require_kind, sha256_of, write_atomic
+from lens_neurons.errors import DataError, StorageError
+from lens_neurons.storage import SCHEMA, load_json, reading, require_fields, require_kind, sha256_of, write_atomic
 
 
 def save_frames(
@@ -46,18 +46,16 @@ def load_frames(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, pd.D
     if not isinstance(content, dict):
         raise StorageError(f"{path} was not written by lens_neurons; give the path of a file that was saved before.")
     require_kind(path, content, kind)
-    if content.get("schema", SCHEMA + 1) > SCHEMA:
-        raise StorageError(
-            f"{path} has schema {content.get('schema')}, but this version reads up to {SCHEMA}; upgrade."
-        )
+    schema = content.get("schema")
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise StorageError(f"{path} has schema {schema!r}, but this version reads up to {SCHEMA}; upgrade.")
     expected = content.pop("sha256", "")
     if _checksum(content) != expected:
         raise StorageError(f"{path} fails its checksum: the file was changed or damaged; make it again.")
-    tables: dict[str, dict[str, Any]] = content.pop("tables")
-    frames = {
-        name: pd.DataFrame({column: _restored(part) for column, part in columns.items()})
-        for name, columns in tables.items()
-    }
+    with reading(path):
+        require_fields(content, {"tables": dict})
+        tables: dict[str, dict[str, Any]] = content.pop("tables")
+        frames = {name: _frame(name, columns) for name, columns in tables.items()}
     return frames, content
 
 
@@ -68,6 +66,12 @@ def _type(values: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _frame(name: str, columns: Mapping[str, Any]) -> pd.DataFrame:
+    if len({len(part["values"]) for part in columns.values()}) > 1:
+        raise DataError(f"the columns of table '{name}' are of different lengths; make the file again.")
+    return pd.DataFrame({column: _restored(part) for column, part in columns.items()})
 
 
 def _restored(part: Mapping[str, Any]) -> pd.Series:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from lens_neurons.errors import DataError
-from lens_neurons.storage import derive_seed
+from lens_neurons.storage import derive_seed, require_tables
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,24 @@ def flat_numbers(table: UnitTable, sites: Mapping[str, tuple[int, int]]) -> Int6
     shapes = torch.tensor(list(sites.values()), dtype=torch.int64)
     offsets = torch.cumsum(shapes.prod(dim=1), dim=0) - shapes.prod(dim=1)
     return offsets[table.site] + table.layer * shapes[table.site, 1] + table.index
+
+
+def require_columns(columns: Mapping[str, Tensor], sites: Mapping[str, tuple[int, int]], n_kinds: int) -> None:
+    """Raise a DataError unless columns, by name, are of distinct units of the sites and of so many kinds."""
+    hints = dict.fromkeys(columns, Int64[Tensor, " unit"]) | {"score": Float64[Tensor, " unit"]}
+    require_tables(columns, hints)
+    if not len(columns["layer"]):
+        return
+    shapes = torch.tensor(list(sites.values()), dtype=torch.int64)
+    limits = {"site": torch.tensor(len(sites)), "kind": torch.tensor(n_kinds)}
+    for name in ("site", "kind", "layer", "index"):
+        if name in ("layer", "index"):
+            limits[name] = shapes[columns["site"], ("layer", "index").index(name)]
+        if name in columns and bool(((columns[name] < 0) | (columns[name] >= limits[name])).any()):
+            raise DataError(f"a unit's {name} is outside the sites {dict(sites)} and {n_kinds} kinds; correct it.")
+    flat = flat_numbers(UnitTable(**columns), sites)
+    if len(flat.unique()) != len(flat):
+        raise DataError("a unit comes twice in one language; give every unit once.")
 
 
 def places(
