@@ -211,6 +211,43 @@ def test_masks_that_say_their_languages(tmp_path: Path):
         import_neurons(tmp_path / "n.pth", languages=["eng_Latn", "fr"], sites={"gate_act": (3, 30)})
 
 
+def test_masks_of_layers(tmp_path: Path):
+    masks = random_masks()
+    torch.save([list(mask) for mask in masks], tmp_path / "n.pth")
+    settings: Any = {"languages": ["en", "ru", "th", "sw"], "sites": {"gate_act": (3, 30)}}
+    neurons = import_neurons(tmp_path / "n.pth", **settings)
+    assert all(torch.equal(neurons.mask(code), masks[i]) for i, code in enumerate(settings["languages"]))
+    # As numbers they would be indices: of every language neurons 0 and 1.
+    for dtype in (torch.uint8, torch.int64):
+        torch.save([list(mask.to(dtype)) for mask in masks], tmp_path / "n.pth")
+        with pytest.raises(DataError, match="an index twice") as caught:
+            import_neurons(tmp_path / "n.pth", **settings)
+        sentence(caught.value)
+
+
+def test_no_language_of_a_published_file_is_lost(tmp_path: Path):
+    masks, sites = random_masks(), {"gate_act": (3, 30)}
+    torch.save(list(masks[:2]), tmp_path / "list.pth")
+    torch.save({"en": masks[0], "eng_Latn": masks[1]}, tmp_path / "labels.pth")
+    torch.save({0: masks[0], "0": masks[1]}, tmp_path / "zeros.pth")
+    torch.save({1: masks[1], 0: masks[0]}, tmp_path / "numbers.pth")
+    cases = [
+        ("list.pth", {"languages": ["en", "en"]}),
+        ("list.pth", {"languages": ["en", "English"]}),
+        ("labels.pth", {}),
+        ("labels.pth", {"languages": ["eng_Latn", "en"]}),
+        ("zeros.pth", {}),
+    ]
+    for name, settings in cases:
+        with pytest.raises(DataError, match=r"are both '(en|0)'") as caught:
+            import_neurons(tmp_path / name, sites=sites, **settings)
+        sentence(caught.value)
+    for settings, wanted in (({}, ("1", "0")), ({"languages": ["0", "1"]}, ("0", "1"))):
+        neurons = import_neurons(tmp_path / "numbers.pth", sites=sites, **settings)
+        assert neurons.languages == wanted
+        assert all(torch.equal(neurons.mask(str(i)), masks[i]) for i in range(2))
+
+
 def test_somebody_else_s_table(tmp_path: Path):
     frame = pd.DataFrame({"language": ["swh_Latn", "en", "sw"], "layer": [1, 0, 0], "neuron": [3, 2, 1], "extra": "x"})
     frame.to_csv(tmp_path / "t.csv", index=False)
