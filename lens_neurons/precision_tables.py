@@ -1,8 +1,9 @@
 """Published tables of average precision: one row a unit, named by module; which units they are here; sets from them."""
 
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from lens_neurons.errors import DataError, SettingError, StorageError
 from lens_neurons.languages import canonical
 from lens_neurons.module_names import LinearLayers
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.unit_table import UnitTable, flat_numbers
 
 # The columns of Kojima et al.'s files, by our words for them.
 _COLUMNS = {"language": "concept", "module": "layer", "unit": "unit", "ap": "ap"}
 _VALUES = ("on_p50", "on_p90", "off_mean", "off_p50")
+
+# What Kojima et al.'s code calls files with the rows that it chose of a language.
+_LIMITED = re.compile(r"expertise_limited_\d+_(top|bottom|both)\.csv$")
+_ENDS = ("top", "bottom", "both", "all")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +38,17 @@ class PrecisionTable:
         sites: Site to its number of layers and of units a layer.
         files: Names of the files.
         notes: What was left out.
+        ends: Language to what its rows are: "all" units of the sites that they name, or those at the "top", the
+            "bottom" or "both" ends of the ranking; "" where nothing says it.
+        left_out: Language to the number of its rows that were left out.
     """
 
     frame: pd.DataFrame
     sites: Mapping[str, tuple[int, int]]
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    ends: Mapping[str, str] = field(default_factory=dict[str, str])
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -62,7 +73,7 @@ class PrecisionTable:
 
         Raises:
             SettingError: An unknown choice, k below 1, or odd for "both".
-            DataError: A language has fewer rows than are asked for.
+            DataError: A language has fewer rows than are asked for, or not those of the end that is asked for.
         """
         if which not in ("top", "bottom", "both") or k < 1 or (which == "both" and k % 2):
             raise SettingError(
@@ -77,6 +88,7 @@ class PrecisionTable:
             rows: Any = self.frame[self.frame["language"] == code]
             if len(rows) < k:
                 raise DataError(f"'{code}' has {len(rows)} rows, but k={k} units are asked for; use a smaller k.")
+            self._require_ends(code, len(rows), top, bottom)
             ap, flat = rows["ap"].to_numpy(dtype=np.float64), _flat(rows, self.sites)
             best, rising = np.lexsort((flat, -ap))[:top], np.lexsort((flat, ap))
             # With enough equal precisions a unit would be top and bottom at once; it is top.
@@ -87,6 +99,24 @@ class PrecisionTable:
         return NeuronSet.from_units(
             units, sites=self.sites, scores=scores, kinds=kinds, method=method, notes=self.notes
         )
+
+    def _require_ends(self, code: str, rows: int, top: int, bottom: int) -> None:
+        """Raise unless a language's rows hold so many units of both ends of the ranking of all units."""
+        ends = self.ends.get(code, "")
+        if not ends:
+            raise DataError(
+                f"'{code}' has {rows} rows, which are not all units, and nothing says which these are; name it with "
+                "read_precision_table(..., ends='top', 'bottom', 'both' or 'all')."
+            )
+        # Of rows that were left out nothing says from which end they were.
+        half = (rows + self.left_out.get(code, 0)) // 2 - self.left_out.get(code, 0)
+        most = {"all": (rows, rows), "top": (rows, 0), "bottom": (0, rows), "both": (half, half)}[ends]
+        for wanted, there, end in ((top, most[0], "top"), (bottom, most[1], "bottom")):
+            if wanted > there:
+                raise DataError(
+                    f"'{code}' has {max(there, 0)} rows at the {end} of the ranking for certain, but {wanted} are "
+                    f"asked for (the file holds ends='{ends}'); use another which= or k=, or a table of all units."
+                )
 
     def values(self, language: str, site: str, name: str = "on_p50") -> Float32[Tensor, "layer neuron"]:
         """Return a value of every unit of a site in one language, NaN where the table has no row for the unit.
@@ -116,11 +146,11 @@ class PrecisionTable:
 
 def _flat(rows: Any, sites: Mapping[str, tuple[int, int]]) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """Return the flat numbers of rows with site, layer and neuron."""
-    places, widths = {site: i for i, site in enumerate(sites)}, np.array([width for _, width in sites.values()])
-    offsets = np.cumsum([0, *(layers * width for layers, width in sites.values())])
-    place = rows["site"].map(places).to_numpy(dtype=np.int64)
-    layer, neuron = (rows[name].to_numpy(dtype=np.int64) for name in ("layer", "neuron"))
-    return offsets[place] + layer * widths[place] + neuron
+    site = rows["site"].map({site: i for i, site in enumerate(sites)})
+    place, layer, neuron = (
+        torch.from_numpy(values.to_numpy(dtype=np.int64, copy=True)) for values in (site, rows["layer"], rows["neuron"])
+    )
+    return flat_numbers(UnitTable(layer, neuron, torch.zeros(len(layer)).double(), place), sites).numpy()
 
 
 def read_precision_table(
@@ -128,6 +158,7 @@ def read_precision_table(
     model: Any,
     *,
     columns: Mapping[str, str] | None = None,
+    ends: str | None = None,
 ) -> PrecisionTable:
     """Return published average precisions, with modules and output indices as sites and units of ours.
 
@@ -143,8 +174,12 @@ def read_precision_table(
             loaded model. Only its config is used.
         columns: Names in the file of "language", "module", "unit" and "ap", and any further columns to keep, by the
             names that they are to have; those not named are as above.
+        ends: What rows that are not all units are: those at the "top", the "bottom" or "both" ends of the ranking; or
+            "all", to rank them as if there were no others. Default: what a name such as
+            `expertise_limited_2000_both.csv` says.
 
     Raises:
+        SettingError: No file, or unknown ends.
         StorageError: A file does not exist or is no such table.
         DataError: A language, module or unit that does not fit; a unit twice; a precision outside 0 to 1.
         ModelError: There is no such model, or its fused layout is not known.
@@ -154,14 +189,24 @@ def read_precision_table(
     files = list(paths.items()) if isinstance(paths, Mapping) else [(None, paths)]
     if not files:
         raise SettingError("paths names no file; give one, or language to file.")
+    if ends is not None and ends not in _ENDS:
+        raise SettingError(f"ends={ends!r} is unknown; use {', '.join(map(repr, _ENDS))}.")
     parts: list[pd.DataFrame] = []
     left_out: dict[str, int] = {}
+    named_ends: dict[str, str] = {}
+    rows_read: dict[str, int] = {}
     for language, path in files:
         rows: Any = _read(path, named, with_language=language is None)
         if language is not None:
             rows["language"] = language
         codes = {label: canonical(str(label)) for label in rows["language"].unique()}
         rows["language"] = rows["language"].map(codes)
+        found = _LIMITED.search(Path(path).name)
+        for code, n in rows["language"].value_counts().items():
+            said = ends or (found[1] if found else "")
+            # Of files that say different things of one language nothing is certain.
+            named_ends[str(code)] = said if named_ends.get(str(code), said) == said else ""
+            rows_read[str(code)] = rows_read.get(str(code), 0) + int(n)
         parts.append(_with_places(rows, layers, left_out))
     frame: Any = pd.concat(parts, ignore_index=True)
     known = ["language", "site", "layer", "neuron"]
@@ -171,7 +216,14 @@ def read_precision_table(
     for name in ("language", "site"):
         frame[name] = frame[name].astype("category")
     notes = tuple(f"{n} rows of '{name}', which is in no block, were left out" for name, n in left_out.items())
-    return PrecisionTable(frame, layers.sites, tuple(Path(path).name for _, path in files), notes)
+    own: Any = dict(iter(frame.groupby("language", observed=True)))
+    for code, part in own.items():
+        # All units of every site that the table names are a ranking of their own.
+        if len(part) == sum(n * width for n, width in (layers.sites[site] for site in part["site"].unique())):
+            named_ends[code] = "all"
+    counts = {code: n - len(own[code]) for code, n in rows_read.items() if code in own}
+    names = tuple(Path(path).name for _, path in files)
+    return PrecisionTable(frame, layers.sites, names, notes, named_ends, counts)
 
 
 def _read(path: str | os.PathLike[str], named: Mapping[str, str], *, with_language: bool) -> pd.DataFrame:

@@ -132,7 +132,7 @@ def listed(neurons: NeuronSet, code: str) -> list[tuple[str, int, int, str, floa
 
 def test_a_set_of_the_top_and_the_bottom(tmp_path: Path):
     small().to_csv(tmp_path / "expertise.csv", index=False)
-    table = read_precision_table(tmp_path / "expertise.csv", config())
+    table = read_precision_table(tmp_path / "expertise.csv", config(), ends="all")
     assert table.languages == ("de",)
     assert list(table.frame.columns) == ["language", "site", "layer", "neuron", "ap", "on_p50"]
     # Units 8 and 9 of the fused layer are k 0 and 1 of head 0; equal precisions go by site, layer, index.
@@ -156,9 +156,62 @@ def test_a_set_of_the_top_and_the_bottom(tmp_path: Path):
 
 def test_equal_precisions_make_no_unit_top_and_bottom(tmp_path: Path):
     small(ap=0.5).to_csv(tmp_path / "t.csv", index=False)
-    neurons = read_precision_table(tmp_path / "t.csv", config()).neurons(k=6)
+    neurons = read_precision_table(tmp_path / "t.csv", config(), ends="both").neurons(k=6)
     assert neurons.counts() == {"de": 6}
     assert [kind for *_, kind, _ in listed(neurons, "de")] == ["top"] * 3 + ["bottom"] * 3
+
+
+def test_an_end_that_the_table_lacks_is_refused(tmp_path: Path):
+    def read(name: str, frame: pd.DataFrame | None = None, **settings: Any) -> Any:
+        (small() if frame is None else frame).to_csv(tmp_path / name, index=False)
+        return read_precision_table(tmp_path / name, config(), **settings)
+
+    top, bottom = read("expertise_limited_6_top.csv"), read("t.csv", ends="bottom")
+    both, unsaid = read("expertise_limited_6_both.csv"), read("expertise.csv")
+    assert top.neurons(k=6, which="top").counts() == bottom.neurons(k=6, which="bottom").counts() == {"de": 6}
+    assert both.neurons(k=6).counts() == {"de": 6}
+    assert both.neurons(k=3, which="top").counts() == {"de": 3}
+    # One of the top is outside the blocks, so that the half of what is left is no top any more.
+    frame = small()
+    frame.loc[0, "layer"] = "lm_head:0"
+    short = read("expertise_limited_6_both.csv", frame)
+    assert short.left_out == {"de": 1}
+    assert short.neurons(k=2, which="top").counts() == {"de": 2}
+    cases = [
+        ("0 rows at the bottom", lambda: top.neurons(k=4)),
+        ("0 rows at the bottom", lambda: top.neurons(k=1, which="bottom")),
+        ("0 rows at the top", lambda: bottom.neurons(k=4)),
+        ("3 rows at the top", lambda: both.neurons(k=4, which="top")),
+        ("2 rows at the top", lambda: short.neurons(k=3, which="top")),
+        ("which are not all units", lambda: unsaid.neurons(k=1, which="top")),
+        ("ends='middle' is unknown", lambda: read("t.csv", ends="middle")),
+    ]
+    for text, call in cases:
+        with pytest.raises((DataError, SettingError), match=text) as caught:
+            call()
+        sentence(caught.value)
+
+
+def test_all_units_of_a_site_are_a_ranking(tmp_path: Path):
+    small().to_csv(tmp_path / "t.csv", index=False)
+    layers, units = read_precision_table(tmp_path / "t.csv", config()).sites["gate_pre"]
+    frame = pd.DataFrame(
+        {
+            "layer": [f"transformer.h.{n}.mlp.dense_h_to_4h:0" for n in range(layers) for _ in range(units)],
+            "unit": list(range(units)) * layers,
+            "ap": np.linspace(0, 1, layers * units),
+            "concept": "de",
+        }
+    )
+    frame.to_csv(tmp_path / "all.csv", index=False)
+    neurons = read_precision_table(tmp_path / "all.csv", config()).neurons(k=2)
+    assert [row[:4] for row in listed(neurons, "de")] == [
+        ("gate_pre", layers - 1, units - 1, "top"),
+        ("gate_pre", 0, 0, "bottom"),
+    ]
+    frame[:-1].to_csv(tmp_path / "all.csv", index=False)
+    with pytest.raises(DataError, match="not all units"):
+        read_precision_table(tmp_path / "all.csv", config()).neurons(k=2)
 
 
 def test_other_columns(tmp_path: Path):
