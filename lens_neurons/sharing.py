@@ -6,14 +6,13 @@ one that `huggingface_hub` finds by itself (`hf auth login`, or HF_TOKEN); none 
 """
 
 import contextlib
-import html
 import json
 import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -51,6 +50,18 @@ _PROVENANCE = {
     "seed": "Seed",
     "package_version": "Version of lens_neurons",
 }
+
+# What Markdown, the forms of it that hubs read, or HTML may take for more than text. An underscore between letters is
+# none, so that most names stay readable for those who look at the file itself.
+_MARKUP = re.compile(
+    r"""[&<>\\`*\[\]|~!@$#]
+    | (?<![^\W_]) _ | _ (?![^\W_])    # emphasis
+    | : (?=//)                        # an address
+    | (?<=www) \.                     # one without a scheme
+    | ^ (?: [-+=]+ | \d+ [.)]) (?=\s|$) # a list, a line
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 
 # typing.Self would be the word, but what checks the annotations in the tests takes it only on decorated classes.
 S = TypeVar("S", bound="Shareable")
@@ -170,6 +181,9 @@ class Shareable(ABC):
     def from_hub(cls: type[S], repo_id: str, *, folder: str = "", revision: str | None = None) -> S:
         """Return what was pushed to the hub; downloaded once, and from the cache after that.
 
+        Its provenance says where it was loaded from: `provenance.extra["hub"]` has the repository, the folder and the
+        commit, with a revision and without.
+
         Args:
             repo_id: Name on the hub, "user/name", of a repository of the type "dataset".
             folder: Folder in the repository.
@@ -195,7 +209,19 @@ class Shareable(ABC):
                 f"'{repo_id}' holds no {cls.__name__}{f' in {folder!r}' if folder else ''}; look at its files on the "
                 "hub for another folder or kind."
             )
-        return cls.load(source / cls.hub_file)
+        # The cache has one folder a commit, which is called by its hash whatever the revision was called.
+        commit = Path(str(snapshot)).name
+        return _from_hub(cls.load(source / cls.hub_file), {"repo_id": repo_id, "folder": folder, "commit": commit})
+
+
+def _from_hub(thing: Any, hub: Mapping[str, str]) -> Any:
+    """Return a thing whose provenance says where on the hub it was; of a recording, that of every part."""
+    names = [entry.name for entry in fields(thing)]
+    if "provenance" in names:
+        known: Provenance = thing.provenance
+        return replace(thing, provenance=known.replace(extra={**known.extra, "hub": dict(hub)}))
+    parts = {name: part for name in names if (part := getattr(thing, name)) is not None}
+    return replace(thing, **{name: _from_hub(part, hub) for name, part in parts.items()})
 
 
 def _require_folder(folder: str) -> None:
@@ -254,6 +280,7 @@ def card_text(
         "import lens_neurons as ln",
         "",
         f"{facts.variable} = ln.{kind}.from_hub({json.dumps(repo_id)}{place})  # revision=... pins a commit",
+        f'{facts.variable}.provenance.extra["hub"]  # the commit that this was',
         *facts.example,
     ]
     made = {"Made by": f"lens_neurons, {kind}"}
@@ -295,8 +322,14 @@ def _one_line(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Return text that Markdown and HTML show as it is, on one line."""
-    shown = html.escape(_one_line(text), quote=False)
-    return re.sub(r"[\\`*\[\]|~!]", lambda found: f"&#{ord(found[0])};", shown)
+    return _MARKUP.sub(_encoded, _one_line(text))
+
+
+def _encoded(found: re.Match[str]) -> str:
+    shown = "".join(f"&#{ord(character)};" for character in found[0])
+    # What looks for addresses, mentions and formulas reads the text after its entities became characters; a comment,
+    # which shows nothing, ends a text there.
+    return shown + "<!-- -->" if found[0][-1] in "@$:.\\" else shown
 
 
 def _table(columns: Sequence[str], rows: Any) -> str:

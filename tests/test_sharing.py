@@ -1,8 +1,10 @@
 """Pushing to the hub and loading from it, with a folder that stands in for the hub."""
 
+import html
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from oracle import sentence
 from lens_neurons import sharing
 from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.errors import LensNeuronsError, ProvenanceError, SettingError, StorageError
+from lens_neurons.methods import identify
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.recorded import Recording
 from lens_neurons.responses import TextResponses
@@ -89,8 +92,9 @@ class Hub:
         self, repo_id: str, *, repo_type: str, revision: str | None, allow_patterns: list[str], library_name: str
     ) -> str:
         found = self.root / repo_id / (revision or self.commits[repo_id][-1])
-        made = self.root / f"snapshot-{len(self.loaded)}"
-        made.mkdir()
+        # As the real one: a folder that is called by the commit, whatever was asked for.
+        made = self.root / f"cache-{len(self.loaded)}" / "snapshots" / found.name
+        made.mkdir(parents=True)
         every = [str(p.relative_to(found)) for p in found.rglob("*") if p.is_file()]
         chosen = list(filter_repo_objects(every, allow_patterns=allow_patterns))
         for name in chosen:
@@ -99,6 +103,9 @@ class Hub:
             (made / name).symlink_to(found / name)
         self.loaded.append(sorted(chosen))
         return str(made)
+
+    def source(self, repo_id: str, folder: str = "") -> dict[str, str]:
+        return {"repo_id": repo_id, "folder": folder, "commit": self.commits[repo_id][-1]}
 
     def files(self, repo_id: str) -> list[str]:
         newest = self.root / repo_id / self.commits[repo_id][-1]
@@ -149,7 +156,7 @@ def test_neurons_come_back(hub: Hub):
     assert again.to_frame().equals(neurons.to_frame())
     assert (again.languages, again.provenance, again.method, again.notes) == (
         neurons.languages,
-        neurons.provenance,
+        neurons.provenance.replace(extra={"hub": hub.source("me/neurons")}),
         neurons.method,
         neurons.notes,
     )
@@ -212,7 +219,35 @@ def test_statistics_come_back(hub: Hub):
     stats.push_to_hub("me/stats", message="first")
     again = ActivationStats.from_hub("me/stats")
     assert torch.equal(again.positive, stats.positive)
-    assert again.provenance == stats.provenance
+    assert again.provenance == stats.provenance.replace(extra={"hub": hub.source("me/stats")})
+
+
+def test_what_was_loaded_says_from_which_commit(hub: Hub, tmp_path: Path):
+    stats = make_stats()
+    known = stats.provenance.replace(extra={"recording": {"texts_kept": 3}})
+    replace(stats, provenance=known).push_to_hub("me/r", folder="a")
+    first = hub.source("me/r", "a")
+    replace(stats, provenance=known).push_to_hub("me/r", folder="a")
+    again, newest = ActivationStats.from_hub("me/r", folder="a"), hub.source("me/r", "a")
+    assert newest != first
+    assert again.provenance.extra == {**known.extra, "hub": newest}
+    old = ActivationStats.from_hub("me/r", folder="a", revision=first["commit"])
+    assert old.provenance.extra["hub"] == first
+    # It goes with what is made of it, in files too, and is no difference.
+    neurons = identify(again, method="lape", top_rate=0.2)
+    neurons.save(tmp_path / "n.safetensors")
+    assert NeuronSet.load(tmp_path / "n.safetensors").provenance.extra["hub"] == newest
+    assert len(neurons & identify(old, method="lape", top_rate=0.2)) == len(neurons)
+    assert again.select(["en"]).merge(old.select(["sw"])).languages == ("en", "sw")
+    # What is pushed again and loaded from there was loaded from there.
+    again.push_to_hub("me/copy")
+    assert ActivationStats.from_hub("me/copy").provenance.extra["hub"] == hub.source("me/copy")
+    recording = some_recording()
+    recording.push_to_hub("me/recording")
+    parts = Recording.from_hub("me/recording").parts
+    assert {name: part.provenance.extra["hub"] for name, part in parts.items()} == dict.fromkeys(
+        ("stats", "responses"), hub.source("me/recording")
+    )
 
 
 def test_private_is_never_public(hub: Hub):
@@ -238,6 +273,7 @@ def test_the_card(hub: Hub):
     assert "lens_neurons" in front["tags"]
     text = card.text
     assert 'neurons = ln.NeuronSet.from_hub("me/n")' in text
+    assert 'neurons.provenance.extra["hub"]' in text
     assert "org/model" in text
     assert "ab12" in text
     assert "never" in text
@@ -280,6 +316,34 @@ def test_data_do_not_become_markup(hub: Hub):
     assert [line.split()[1] for line in headings] == ["Language-specific", "Load", "Languages", "How", "Notes"]
     columns = {line.count("|") for line in body.splitlines() if line.startswith("| ")}
     assert columns == {3, 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://evil.example", "https&#58;<!-- -->//evil.example"),
+        ("see WWW.evil.example", "see WWW&#46;<!-- -->evil.example"),
+        ("a@evil.example", "a&#64;<!-- -->evil.example"),
+        ("@user", "&#64;<!-- -->user"),
+        ("org/model#1", "org/model&#35;1"),
+        ("_em_ __strong__", "&#95;em&#95; &#95;&#95;strong&#95;&#95;"),
+        ("snake_case_name", "snake_case_name"),
+        ("$$x$$", "&#36;<!-- -->&#36;<!-- -->x&#36;<!-- -->&#36;<!-- -->"),
+        ("\\(x\\)", "&#92;<!-- -->(x&#92;<!-- -->)"),
+        ("- item", "&#45; item"),
+        ("1. item", "&#49;&#46;<!-- --> item"),
+        ("-1.5 to 3: a-b", "-1.5 to 3: a-b"),
+        ("a & b &amp; <b>", "a &#38; b &#38;amp; &#60;b&#62;"),
+    ],
+)
+def test_text_stays_text(hub: Hub, text: str, shown: str):
+    neurons = some_neurons(method={"name": "lape", "words": text}, notes=(text,))
+    neurons.push_to_hub("me/n")
+    card = hub.text("me/n")
+    assert f"| Setting: words | {shown} |\n" in card
+    assert f"\n- {shown}\n" in card
+    # A reader sees what was written.
+    assert html.unescape(shown.replace("<!-- -->", "")) == text
 
 
 def test_unknown_provenance_is_said(hub: Hub):
@@ -346,7 +410,9 @@ def test_the_cache_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert NeuronSet.from_hub("me/n").to_frame().equals(some_neurons().to_frame())
+    found = NeuronSet.from_hub("me/n")
+    assert found.to_frame().equals(some_neurons().to_frame())
+    assert found.provenance.extra["hub"] == {"repo_id": "me/n", "folder": "", "commit": commit}
     assert NeuronSet.from_hub("me/n", revision=commit).languages == some_neurons().languages
 
 
