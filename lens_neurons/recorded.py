@@ -15,7 +15,7 @@ from lens_neurons.histograms import Histograms
 from lens_neurons.responses import TextResponses
 from lens_neurons.row_files import load_rows, save_all
 from lens_neurons.sharing import CardFacts, Shareable
-from lens_neurons.storage import Provenance, is_leftover, load_json
+from lens_neurons.storage import Provenance, is_leftover, load_json, reading
 
 # Parts whose rows of texts stay in files of their own, and those that are one file.
 ROW_PARTS = ("responses", "importances")
@@ -197,7 +197,9 @@ def missing_parts(folder: Path) -> list[str]:
     if not (folder / "manifest.json").exists():
         there = [name for name in Recording.hub_files if "*" not in name and (folder / name).exists()]
         return [] if there else [FILE_NAME]
-    settings = Provenance.from_dict(load_json(folder / "manifest.json")["provenance"]).extra.get("recording", {})
+    with reading(folder / "manifest.json"):
+        provenance = Provenance.from_dict(load_json(folder / "manifest.json")["provenance"])
+        settings = dict(provenance.extra.get("recording", {}))
     parts = [_PARTS[name] for name in settings.get("collect", {}) if name in _PARTS]
     files = [FILE_NAME, *(f"{name}.json" if name in ROW_PARTS else f"{name}.safetensors" for name in parts)]
     return [name for name in files if not (folder / name).exists()]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lens_neurons.errors import DataError, SettingError, StorageError
 from lens_neurons.languages import canonical
-from lens_neurons.storage import SCHEMA, Provenance, corpus_of, load_tensors, require_kind, save_tensors
+from lens_neurons.storage import SCHEMA, Provenance, corpus_of, load_tensors, reading, require_kind, save_tensors
 
 KIND = "text_responses"
 ROWS_KIND = "text_rows"
@@ -352,14 +352,15 @@ class TextResponses:
         """
         tensors, header = load_tensors(path)
         require_kind(path, header, KIND)
-        parts = {
-            code: tuple(
-                Rows(tensors[f"{number}.{i}.positions"], tensors[f"{number}.{i}.rows"], corpus=corpus)
-                for i, corpus in enumerate(header["corpora"][number])
-            )
-            for number, code in enumerate(header["languages"])
-        }
-        return cls.from_header(header, parts)
+        with reading(path):
+            parts = {
+                code: tuple(
+                    Rows(tensors[f"{number}.{i}.positions"], tensors[f"{number}.{i}.rows"], corpus=corpus)
+                    for i, corpus in enumerate(header["corpora"][number])
+                )
+                for number, code in enumerate(header["languages"])
+            }
+            return cls.from_header(header, parts)
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], parts: Mapping[str, tuple[Rows, ...]]) -> "TextResponses":

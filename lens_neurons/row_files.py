@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from lens_neurons.errors import StorageError
 from lens_neurons.responses import ROWS_KIND, Rows, TextResponses, mapped_rows
-from lens_neurons.storage import SCHEMA, load_json, load_tensors, save_json, save_tensors, sha256_of
+from lens_neurons.storage import SCHEMA, load_json, load_tensors, reading, save_json, save_tensors, sha256_of
 
 # First and last text of a file.
 Span = tuple[int, int]
@@ -96,21 +96,22 @@ def load_rows(folder: Path, name: str, *, verify: bool = False) -> TextResponses
         raise StorageError(
             f"{file} was changed or damaged; call record again with the same path, or download it again."
         )
-    parts: dict[str, tuple[Rows, ...]] = {}
-    for code in text["languages"]:
-        spans = [(int(first), int(last)) for first, last in text["files"][code]]
-        read = rows_of(folder, name, code, spans, recording=text["recording"], corpus="")
-        if [len(part.positions) for part in read] != text["counts"][code]:
-            raise StorageError(
-                f"{folder / name} holds other numbers of rows of '{code}' than {file} says; record again."
+    with reading(file):
+        parts: dict[str, tuple[Rows, ...]] = {}
+        for code in text["languages"]:
+            spans = [(int(first), int(last)) for first, last in text["files"][code]]
+            read = rows_of(folder, name, code, spans, recording=text["recording"], corpus="")
+            if [len(part.positions) for part in read] != text["counts"][code]:
+                raise StorageError(
+                    f"{folder / name} holds other numbers of rows of '{code}' than {file} says; record again."
+                )
+            parts[code] = tuple(
+                replace(part, corpus=corpus) for part, corpus in zip(read, text["corpora"][code], strict=True)
             )
-        parts[code] = tuple(
-            replace(part, corpus=corpus) for part, corpus in zip(read, text["corpora"][code], strict=True)
-        )
-        if verify:
-            for first, last in spans:
-                load_tensors(rows_file(folder, name, code, first, last))
-    return TextResponses.from_header(text, parts)
+            if verify:
+                for first, last in spans:
+                    load_tensors(rows_file(folder, name, code, first, last))
+        return TextResponses.from_header(text, parts)
 
 
 def _checksum(text: Mapping[str, Any]) -> str:
