@@ -1,15 +1,11 @@
-"""Figures that compare: methods with each other and with chance, a method with itself, classes of units, precision."""
+"""Figures that compare: methods with each other and with chance, a method with itself, two models, kinds of units."""
 
-import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Float
 from plotly.subplots import make_subplots
-from torch import Tensor
 
 from lens_neurons.compare import MethodComparison
 from lens_neurons.errors import DataError
@@ -29,18 +25,25 @@ from lens_neurons.figure_style import (
     similarity_order,
     style_of,
 )
+from lens_neurons.languages import canonical
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.split_halves import Stability
+from lens_neurons.transitions import CLASSES, ModelComparison
 
 # From here on agreement beyond chance is called such: false discovery rate over the whole table.
 _RATE = 0.05
+
+# Layers that can be named beside each other.
+_MOST_TICKS = 36
 
 
 def method_overlap(comparison: MethodComparison, language: str | None = None, theme: Theme = "light") -> go.Figure:
     """Return a heat map of how far the sets of several methods agree, similar methods side by side.
 
     Cells hold the Jaccard index, mean over languages unless one is named; the diagonal, grey, the units a language.
-    Hover gives what chance would give, and in how many languages the overlap is beyond it.
+    Shades are of the index corrected for chance: 0 as much as two random sets share, 1 for equal sets. Numbers in
+    parentheses are not beyond chance: in at most half of the languages, at a false discovery rate of 5%. Hover gives
+    what chance would give, in how many languages the overlap is beyond it, and the share of the smaller set.
 
     Args:
         comparison: What `compare_methods` returned.
@@ -48,49 +51,68 @@ def method_overlap(comparison: MethodComparison, language: str | None = None, th
         theme: "light" or "dark".
     """
     style = style_of(theme)
+    language = None if language is None else canonical(language)
     jaccard = comparison.matrix(language)
     order = similarity_order(jaccard.fillna(0.0))
     values = jaccard.loc[order, order].to_numpy(dtype=np.float64)
     sizes = np.diag(comparison.matrix(language, "shared").loc[order, order].to_numpy(dtype=np.float64))
     names = [plain(name) for name in order]
     own = np.eye(len(order), dtype=bool)
-    between = np.where(own, np.nan, values)
-    most = float(np.nanmax(between)) if np.isfinite(between).any() else 1.0
+    corrected = comparison.matrix(language, "corrected").loc[order, order].to_numpy(dtype=np.float64)
+    # Fixed, so that agreement by chance is light however little the methods agree; sets of all units have no colour.
     scale: dict[str, Any] = {
         "zmin": 0,
-        "zmax": most or 1.0,
+        "zmax": 1,
         "colorscale": style.sequential,
-        "colorbar": color_bar("Jaccard index"),
+        "colorbar": color_bar("Jaccard index, corrected for chance"),
     }
-    hover = "%{customdata[0]} and %{customdata[1]}<br>Jaccard index %{z:.3f}<br>%{customdata[2]}"
-    extra = np.array([[_chance(comparison, one, other, language) for other in order] for one in order], dtype=object)
-    fig = go.Figure(cells(between, names, names, hover=hover, text="%{z:.2f}", extra=extra, **scale))
+    hover = "%{customdata[0]} and %{customdata[1]}<br>%{customdata[2]}"
+    found = [[_pair(comparison, one, other, language) for other in order] for one in order]
+    extra = np.array([[said for said, _ in row] for row in found], dtype=object)
+    shades = np.where(own | np.isnan(values), np.nan, np.nan_to_num(corrected).clip(min=0))
+    fig = go.Figure(cells(shades, names, names, hover=hover, text="%{text}", extra=extra, **scale))
+    texts = [
+        [
+            "" if np.isnan(shades[i, k]) else f"{values[i, k]:.2f}" if found[i][k][1] else f"({values[i, k]:.2f})"
+            for k in range(len(order))
+        ]
+        for i in range(len(order))
+    ]
+    fig.update_traces(text=texts)
     diagonal = np.where(own, sizes[:, None], np.nan)
     hover = "%{customdata[0]}: %{z:,.0f} units a language"
     fig.add_trace(cells(diagonal, names, names, hover=hover, text="%{z:,.0f}", colorscale=style.grey, showscale=False))
     where = "mean over languages" if language is None else language_names([language])[0]
-    subtitle = f"Jaccard index, {where}; diagonal: units a language; hover: overlap by chance"
+    subtitle = (
+        f"Jaccard index, {where}; in parentheses: not beyond chance{'' if language else ' in most languages'}; "
+        "colour: corrected for chance; diagonal: units a language"
+    )
     finish(fig, style, "Overlap of methods", subtitle, max(380, AROUND + ROW * len(order)))
     name_rows(fig, names)
     name_columns(fig, names)
     return fig
 
 
-def _chance(comparison: MethodComparison, one: str, other: str, language: str | None) -> str:
-    """Return what hover says of a pair of methods beside their Jaccard index."""
+def _pair(comparison: MethodComparison, one: str, other: str, language: str | None) -> tuple[str, bool]:
+    """Return what hover says of a pair of methods, and whether they agree beyond chance in most languages."""
     rows: Any = comparison.to_frame()
     rows = rows[rows["method"].isin((one, other)) & rows["other"].isin((one, other))]
     if language is not None:
         rows = rows[rows["language"] == language]
     if one == other or rows.empty:
-        return ""
-    lines = [f"by chance {rows['expected_jaccard'].mean():.3f}, corrected for it {rows['corrected'].mean():.3f}"]
+        return "", False
+    share = rows["contained"].mean()
+    lines = [
+        f"Jaccard index {rows['jaccard'].mean():.3f}, {share:.1%} of the smaller set",
+        f"by chance {rows['expected_jaccard'].mean():.3f}, corrected for it {rows['corrected'].mean():.3f}",
+    ]
     for name, meant in (("q", "over all units"), ("q_layers", "within layers")):
         tested = rows[name].notna()
         lines.append(
             f"beyond chance {meant} in {int((rows[name] < _RATE).sum())} of {int(tested.sum())} languages (FDR 5%)"
         )
-    return "<br>".join(lines)
+    beyond = (rows["q"] < _RATE).sum() * 2 > rows["q"].notna().sum()
+    return "<br>".join(lines), bool(beyond)
 
 
 def method_layers(comparison: MethodComparison, language: str | None = None, theme: Theme = "light") -> go.Figure:
@@ -102,6 +124,7 @@ def method_layers(comparison: MethodComparison, language: str | None = None, the
         theme: "light" or "dark".
     """
     style = style_of(theme)
+    language = None if language is None else canonical(language)
     shares = comparison.layer_profiles(language, share=True)
     counts = comparison.layer_profiles(language)
     several = len({site for site, _ in shares.index}) > 1
@@ -114,23 +137,46 @@ def method_layers(comparison: MethodComparison, language: str | None = None, the
         "zmin": 0,
         "zmax": most,
         "colorscale": style.sequential,
-        "colorbar": color_bar("share of the method's units", tickformat=".0%"),
+        "colorbar": color_bar("share of the method's units", tickformat=".1%" if most < 0.05 else ".0%"),
     }
     text = "%{z:.0%}" if len(columns) <= 16 else ""
     fig = go.Figure(cells(values, rows, columns, hover=hover, text=text, extra=counts.to_numpy().T, **scale))
     where = "all languages together" if language is None else language_names([language])[0]
     subtitle = f"{where}; a neuron of several languages counts once for each"
-    finish(fig, style, "Where methods find their units", subtitle, max(340, AROUND - 30 + ROW * len(rows)))
+    height = max(340, AROUND - 30 + ROW * len(rows))
+    finish(fig, style, "Where methods find their units", subtitle, height, below_title=18 if several else 0)
     name_rows(fig, rows)
     name_columns(fig, columns)
-    return fig.update_xaxes(title_text="site and layer" if several else "layer", tickangle=-45 if several else 0)
+    sites = [str(site) for site, _ in shares.index]
+    layers = [int(layer) for _, layer in shares.index]
+    step = next(n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if len(columns) <= _MOST_TICKS * n)
+    shown = [place for place, layer in enumerate(layers) if layer % step == 0]
+    fig.update_xaxes(tickvals=shown, ticktext=[str(layers[place]) for place in shown], tickangle=0, title_text="layer")
+    if several:
+        # Sites stand above their layers, with a line between them.
+        for place in range(1, len(sites)):
+            if sites[place] != sites[place - 1]:
+                fig.add_vline(x=place - 0.5, line={"color": style.ink, "width": 1})
+        for site in dict.fromkeys(sites):
+            first, number = sites.index(site), sites.count(site)
+            fig.add_annotation(
+                text=plain(site),
+                x=first + (number - 1) / 2,
+                xref="x",
+                y=1,
+                yref="paper",
+                yanchor="bottom",
+                showarrow=False,
+                font={"size": 12, "color": style.faint},
+            )
+    return fig
 
 
 def stability_curve(found: Stability, theme: Theme = "light") -> go.Figure:
-    """Return how well two independent recordings agree, by their number of tokens.
+    """Return how well two recordings of text from the same source agree, by their number of tokens.
 
-    The thick line is the mean over languages, its bars the middle 95% of random splits; thin lines are languages, and
-    the dotted one is what random sets of the same sizes would give.
+    The thick line is the mean over the languages that have units, its bars the middle 95% of random splits; thin lines
+    are languages, and the dotted one is what random sets of the same sizes would give.
 
     Args:
         found: What `stability` returned.
@@ -194,7 +240,8 @@ def stability_curve(found: Stability, theme: Theme = "light") -> go.Figure:
     last: Any = overall.iloc[-1]
     subtitle = (
         f"two halves without a common text, {found.settings['n_splits']} random splits of {found.settings['drawn']}; "
-        f"at {last[unit]:,.0f} {unit} a language {last['mean']:.2f} [{last['low']:.2f}, {last['high']:.2f}]"
+        f"at {last[unit]:,.0f} {unit} a language {last['mean']:.2f} [{last['low']:.2f}, {last['high']:.2f}], mean over "
+        f"{last['languages']:.3g} of {len(found.languages)} languages, which have units"
     )
     if settings:
         subtitle += f"; {plain(settings)}"
@@ -245,74 +292,6 @@ def unit_classes(neurons: NeuronSet, theme: Theme = "light") -> go.Figure:
     return fig.update_yaxes(title_text="units", tickformat=",d", rangemode="tozero")
 
 
-def average_precision(
-    scores: Float[Tensor, "language unit"],
-    languages: Sequence[str],
-    texts: Mapping[str, int] | None = None,
-    theme: Theme = "light",
-) -> go.Figure:
-    """Return histograms of average precision: for every language, how many units tell its texts how well.
-
-    Shades are logarithmic, so that the few units at the ends show. Where the numbers of texts are known a line marks
-    the average precision of a unit that knows nothing: the language's share of the texts.
-
-    Args:
-        scores: Average precision of every unit for every language, such as `average_precision_table` gives.
-        languages: The languages, in the order of the rows.
-        texts: Number of texts of each language.
-        theme: "light" or "dark".
-
-    Raises:
-        DataError: Another number of rows than of languages, or a value outside 0 to 1.
-    """
-    style = style_of(theme)
-    values = scores.detach().cpu().numpy().astype(np.float64)
-    if len(languages) != len(values):
-        raise DataError(f"there are {len(values)} rows of scores and {len(languages)} languages; give one name a row.")
-    if not ((values >= 0) & (values <= 1 + 1e-9)).all():
-        raise DataError("average precisions are between 0 and 1, and some of these are not; give those of a method.")
-    edges = np.linspace(0, 1, 51)
-    counts = np.stack([np.histogram(np.minimum(row, 1.0), edges)[0] for row in values])
-    names = language_names(languages)
-    bins = [f"{low:.2f} to {high:.2f}" for low, high in itertools.pairwise(edges)]
-    powers = np.arange(int(np.ceil(np.log10(max(counts.max(), 1)))) + 1)
-    ticks = {"tickvals": list(powers), "ticktext": [f"{10**power:,}" for power in powers.tolist()]}
-    scale: dict[str, Any] = {
-        "zmin": 0,
-        "zmax": max(float(np.log10(max(counts.max(), 1))), 1.0),
-        "colorscale": style.sequential,
-        "colorbar": color_bar("units", **ticks),
-        "x": (edges[:-1] + edges[1:]) / 2,
-        "xgap": 0,
-    }
-    shades = np.where(counts > 0, np.log10(np.maximum(counts, 1)), np.nan)
-    hover = "%{customdata[0]}: %{customdata[2]:,d} units with %{customdata[1]}"
-    fig = go.Figure(cells(shades, names, bins, hover=hover, extra=counts, **scale))
-    best = values.max(axis=1)
-    marks = {"mode": "markers", "y": np.arange(len(names)), "customdata": names}
-    fig.add_scatter(
-        x=best,
-        **marks,
-        name="best unit",
-        marker={"symbol": "line-ns-open", "size": 13, "color": style.accent, "line": {"width": 2}},
-        hovertemplate="%{customdata}: best unit %{x:.3f}<extra></extra>",
-    )
-    if texts is not None:
-        total = sum(texts[code] for code in languages)
-        fig.add_scatter(
-            x=[texts[code] / total for code in languages],
-            **marks,
-            name="knows nothing",
-            marker={"symbol": "line-ns-open", "size": 13, "color": style.control, "line": {"width": 2}},
-            hovertemplate="%{customdata}: a unit that knows nothing %{x:.3f}<extra></extra>",
-        )
-    subtitle = f"{values.shape[1]:,} units; each language's texts against those of all others"
-    finish(fig, style, "How well single units tell a language", subtitle, 190 + 22 * len(names), below_title=28)
-    name_rows(fig, names)
-    fig.update_xaxes(title_text="average precision", range=[0, 1.01], showgrid=False)
-    return fig.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
-
-
 def causal_ranking(ranking: CausalRanking, theme: Theme = "light", *, summary: pd.DataFrame | None = None) -> go.Figure:
     """Return what silencing each method's units costs: its own language and the others, and the difference.
 
@@ -345,8 +324,8 @@ def causal_ranking(ranking: CausalRanking, theme: Theme = "light", *, summary: p
         fig.add_trace(trace, row=1, col=column)
     fig.add_vline(x=0, line={"color": style.faint, "dash": "dot", "width": 1})
     subtitle = (
-        f"{_units(table)} of one language silenced, mean over {len(ranking.languages)} languages; bars: 95% intervals, "
-        "texts resampled"
+        f"{ranking.size_range()} of one language silenced, mean over {len(ranking.languages)} languages; bars: 95% "
+        "intervals, texts resampled"
     )
     height = 190 + 34 * len(names)
     finish(fig, style, "Which method finds the units that a language needs", subtitle, height, below_title=28)
@@ -358,7 +337,45 @@ def causal_ranking(ranking: CausalRanking, theme: Theme = "light", *, summary: p
     )
 
 
-def _units(table: pd.DataFrame) -> str:
-    sizes = table["size"].to_numpy(dtype=np.float64)
-    low, high = sizes.min(), sizes.max()
-    return f"{high:,.0f} units" if round(low) == round(high) else f"{low:,.0f} to {high:,.0f} units"
+def class_changes(comparison: ModelComparison, theme: Theme = "light") -> go.Figure:
+    """Return a heat map of which units change class between two models: class before (rows) by class after.
+
+    Shades are logarithmic. Hover gives the interval, and how many units other text alone would move.
+
+    Args:
+        comparison: What `compare_models` returned.
+        theme: "light" or "dark".
+    """
+    style = style_of(theme)
+    units = comparison.matrix().to_numpy(dtype=np.float64)
+    low, high, noise = (comparison.matrix(name).to_numpy(dtype=np.float64) for name in ("low", "high", "noise"))
+    extra = np.array(
+        [[_moved(low[i, k], high[i, k], noise[i, k]) for k in range(len(CLASSES))] for i in range(len(CLASSES))],
+        dtype=object,
+    )
+    most = max(float(np.log10(max(units.max(), 1))), 1.0)
+    powers = range(int(np.ceil(most)) + 1)
+    ticks = {"tickvals": list(powers), "ticktext": [f"{10**power:,}" for power in powers]}
+    scale: dict[str, Any] = {
+        "zmin": 0,
+        "zmax": most,
+        "colorscale": style.sequential,
+        "colorbar": color_bar("units", **ticks),
+    }
+    shades = np.where(units > 0, np.log10(np.maximum(units, 1)), np.nan)
+    hover = "%{customdata[0]} before, %{customdata[1]} after<br>%{customdata[2]}"
+    fig = go.Figure(cells(shades, CLASSES, CLASSES, hover=hover, text="%{text}", extra=extra, **scale))
+    fig.update_traces(text=[[f"{value:,.0f}" for value in row] for row in units])
+    kinds: Any = comparison.kinds
+    changes = ", ".join(f"{row.kind} {row.before:,} to {row.after:,}" for row in kinds.itertuples())
+    subtitle = f"method {plain(comparison.settings['method']['name'])}; {changes}"
+    finish(fig, style, "Units that change class between two models", subtitle, 400)
+    name_rows(fig, CLASSES, title_text="before")
+    name_columns(fig, CLASSES, title_text="after")
+    return fig.update_xaxes(tickangle=0)
+
+
+def _moved(low: float, high: float, noise: float) -> str:
+    parts = [] if low != low else [f"{low:,.0f} to {high:,.0f} in resamples"]
+    parts += [] if noise != noise else [f"{noise:,.0f} by other text alone"]
+    return "<br>".join(parts)

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_neurons.activation_stats import ActivationStats
-from lens_neurons.comparison_figures import average_precision as average_precision
 from lens_neurons.comparison_figures import causal_ranking as causal_ranking
+from lens_neurons.comparison_figures import class_changes as class_changes
 from lens_neurons.comparison_figures import method_layers as method_layers
 from lens_neurons.comparison_figures import method_overlap as method_overlap
 from lens_neurons.comparison_figures import stability_curve as stability_curve
@@ -39,6 +39,7 @@ from lens_neurons.figure_style import (
 )
 from lens_neurons.figure_style import similarity_order as similarity_order
 from lens_neurons.neurons import Metric, NeuronSet
+from lens_neurons.precision_figures import average_precision as average_precision
 
 _METRIC_NAMES = {"jaccard": "Jaccard index", "count": "shared neurons", "dice": "Dice coefficient"}
 _FIRES = "share of tokens with activation > 0"

@@ -19,6 +19,8 @@ from lens_neurons.compare import MethodComparison
 from lens_neurons.errors import DataError, StorageError
 from lens_neurons.evaluation.causal import CausalRanking
 from lens_neurons.evaluation.contexts import TopTexts
+from lens_neurons.evaluation.cultures import CulturePerplexity
+from lens_neurons.evaluation.feature_lid import LanguageIdScores
 from lens_neurons.evaluation.forcing import ForcingScores
 from lens_neurons.evaluation.lss import SteeringScores
 from lens_neurons.evaluation.perplexity import PerplexityMatrix
@@ -43,6 +45,7 @@ from lens_neurons.reporting_comparison import COMPARISONS, responses_section
 from lens_neurons.responses import TextResponses
 from lens_neurons.split_halves import Stability
 from lens_neurons.storage import Provenance, load_json, load_tensors, write_atomic
+from lens_neurons.transitions import ModelComparison
 
 Part = (
     ActivationStats
@@ -55,6 +58,9 @@ Part = (
     | MethodComparison
     | Stability
     | CausalRanking
+    | ModelComparison
+    | CulturePerplexity
+    | LanguageIdScores
     | Generations
     | TopTexts
     | pd.DataFrame
@@ -71,6 +77,9 @@ Saved = (
     | MethodComparison
     | Stability
     | CausalRanking
+    | ModelComparison
+    | CulturePerplexity
+    | LanguageIdScores
     | TopTexts
 )
 
@@ -195,6 +204,9 @@ def load_part(path: str | os.PathLike[str]) -> Saved:
         "method_comparison": MethodComparison,
         "stability": Stability,
         "causal_ranking": CausalRanking,
+        "model_comparison": ModelComparison,
+        "culture_perplexity": CulturePerplexity,
+        "language_id_scores": LanguageIdScores,
         "top_texts": TopTexts,
     }
     if kind not in classes:
@@ -239,9 +251,9 @@ def _add_prose(sections: list[dict[str, Any]], heading: str, prose: str) -> None
 
 
 def _citable(parts: Sequence[Part]) -> list[Any]:
-    kinds = NeuronSet | SteeringScores | PerplexityMatrix | ForcingScores
-    matrices = [matrix for part in parts if isinstance(part, CausalRanking) for matrix in part.matrices.values()]
-    return [*(part for part in parts if isinstance(part, kinds)), *matrices]
+    scores = SteeringScores | PerplexityMatrix | ForcingScores | CulturePerplexity | LanguageIdScores
+    comparisons = MethodComparison | Stability | CausalRanking | ModelComparison
+    return [part for part in parts if isinstance(part, NeuronSet | scores | comparisons)]
 
 
 # Sections, by the type of the part.
@@ -378,16 +390,18 @@ def _provenance(parts: Sequence[Part]) -> pd.DataFrame | None:
     origins: list[dict[str, str]] = []
     names: list[list[str]] = []
     for part in parts:
-        origin = getattr(part, "provenance", None)
-        if not isinstance(origin, Provenance):
-            continue
-        values = {name: words(value) for name, value in origin.to_dict().items()}
-        if values not in origins:
-            origins.append(values)
-            names.append([])
-        kinds, kind = names[origins.index(values)], type(part).__name__
-        if kind not in kinds:
-            kinds.append(kind)
+        for attribute in ("provenance", "before", "after"):
+            origin = getattr(part, attribute, None)
+            if not isinstance(origin, Provenance):
+                continue
+            values = {name: words(value) for name, value in origin.to_dict().items()}
+            if values not in origins:
+                origins.append(values)
+                names.append([])
+            kinds, kind = names[origins.index(values)], type(part).__name__
+            kind += "" if attribute == "provenance" else f" {attribute}"
+            if kind not in kinds:
+                kinds.append(kind)
     # Two origins may belong to parts of the same kind.
     columns = {f"{number}: {', '.join(kinds)}": values for number, (kinds, values) in enumerate(zip(names, origins), 1)}
     if not columns:

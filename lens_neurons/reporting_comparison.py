@@ -1,4 +1,4 @@
-"""Sections of a report that compare: methods with each other and with themselves, by silencing, units by precision."""
+"""Sections of a report that compare: methods, by overlap, by silencing and with themselves; models; cultures; units."""
 
 import math
 from collections.abc import Callable
@@ -9,20 +9,26 @@ import pandas as pd
 from lens_neurons import comparison_figures as figures
 from lens_neurons.compare import MethodComparison
 from lens_neurons.evaluation.causal import CausalRanking
+from lens_neurons.evaluation.cultures import CulturePerplexity
+from lens_neurons.evaluation.feature_lid import LanguageIdScores
 from lens_neurons.methods.average_precision import average_precision_table
+from lens_neurons.precision_figures import average_precision
 from lens_neurons.report_blocks import Block, figure_block, note_blocks, settings_block, table_block, text_block
 from lens_neurons.responses import TextResponses
 from lens_neurons.split_halves import Stability
+from lens_neurons.transitions import ModelComparison
 
 _ABOUT_METHODS = (
     "How many units the sets of two methods share. Jaccard: shared / united. By chance means two random sets of the "
     "same sizes, drawn from all units (expected, p), or, stricter, with the same number of units in every layer (p "
-    "layers). q is p after Benjamini-Hochberg over all pairs and languages. Corrected: 0 is chance, 1 is equal sets."
+    "layers). q is p after Benjamini-Hochberg over all pairs and languages. Corrected: 0 is chance, 1 is equal sets. "
+    "Contained: shared / the smaller set."
 )
 _ABOUT_STABILITY = (
     "The method was run on random halves of what was recorded, which share no text, and on smaller parts of both. The "
-    "Jaccard index of the two sets says how far two independent recordings of so many tokens would agree; a set from "
-    "all that was recorded is more stable than the last point. Intervals are the spread over random splits."
+    "Jaccard index of the two sets says how far two recordings of so many tokens of text from the same source would "
+    "agree, not how far other text would; a set from all that was recorded is more stable than the last point. "
+    "Intervals are the spread over random splits."
 )
 _ABOUT_RANKING = (
     "Each method's best units of one language are silenced, the same number for every method. Own is the change in NLL "
@@ -32,8 +38,26 @@ _ABOUT_RANKING = (
 )
 _ABOUT_RESPONSES = (
     "A unit's response to a text is the mean of its value over the text's counted tokens. Average precision says how "
-    "well the response alone ranks one language's texts above all others: 1 is perfect, the language's share of the "
-    "texts is what a unit has that knows nothing."
+    "well the response alone ranks one language's texts above all others: 1 is perfect. One unit that knows nothing "
+    "has somewhat more than the language's share of the texts, and the best of many such units far more: both are "
+    "marked."
+)
+
+_ABOUT_MODELS = (
+    "The method was run on both models. A unit's class is the number of languages it belongs to: none, one (specific), "
+    "several (related), all (general). Noise is how many units the same pair of classes would hold from other text "
+    "alone; intervals resample what was recorded, the search for settings included."
+)
+_ABOUT_CULTURES = (
+    "Text about cultures, and plain text in the same languages, with each set's neurons of each culture silenced: "
+    "change in NLL per token of the culture's own text. Control: as many random neurons in the same layers, outside "
+    "all sets. In rows named difference all numbers are those of the text about the culture minus those of the plain "
+    "text."
+)
+_ABOUT_LANGUAGE_ID = (
+    "Which language each text is in, named by the language whose specific latents vote most, by how often (count) or "
+    "how strongly (min-max) they are active; beside it random latents of the same layers (control) and fastText. "
+    "Intervals resample texts, for the control also draws."
 )
 
 # Text responses, texts times units, that are ranked for a report: some seconds of work.
@@ -43,7 +67,7 @@ _MOST_RESPONSES = 1 << 27
 def _methods(comparison: MethodComparison) -> tuple[str, list[Block]]:
     table = comparison.to_frame()
     means: Any = table.groupby(["method", "other"], sort=False)[
-        ["shared", "jaccard", "expected_jaccard", "corrected"]
+        ["shared", "jaccard", "expected_jaccard", "corrected", "contained"]
     ].mean()
     beyond: Any = table.assign(
         tested=table["q"].notna(), beyond_chance=table["q"] < 0.05, beyond_layers=table["q_layers"] < 0.05
@@ -75,7 +99,35 @@ def _ranking(ranking: CausalRanking) -> tuple[str, list[Block]]:
     blocks.append(table_block(summary[control], "As many random units, own and other languages", folded=True))
     blocks.append(table_block(ranking.differences(), "Differences of selectivity", folded=True))
     blocks.append(table_block(ranking.by_language(), "Own minus others, by language", folded=True))
+    blocks.append(table_block(ranking.sizes, "Units silenced, by language", folded=True))
     return "Methods by what silencing shows", [*blocks, settings_block(ranking.settings, "Settings")]
+
+
+def _models(comparison: ModelComparison) -> tuple[str, list[Block]]:
+    blocks = [text_block(_ABOUT_MODELS), *note_blocks(comparison.notes)]
+    blocks.append(figure_block(figures.class_changes(comparison)))
+    blocks.append(table_block(comparison.kinds, "Units of each kind; change with its interval"))
+    blocks.append(table_block(comparison.languages, "Units of each language", folded=True))
+    blocks.append(table_block(comparison.layers, "Units by layer and kind", folded=True))
+    name = comparison.settings["method"]["name"]
+    return f"Two models: {name}", [*blocks, settings_block(comparison.settings, "Settings")]
+
+
+def _cultures(scores: CulturePerplexity) -> tuple[str, list[Block]]:
+    blocks = [text_block(_ABOUT_CULTURES), *note_blocks(scores.notes)]
+    blocks.append(table_block(scores.summary(), "Change in NLL of a culture's own text, nats a token, over cultures"))
+    blocks.append(table_block(scores.by_culture(), "Every culture", folded=True))
+    return "Cultures", [*blocks, settings_block(scores.settings, "Settings")]
+
+
+def _language_id(scores: LanguageIdScores) -> tuple[str, list[Block]]:
+    blocks = [text_block(_ABOUT_LANGUAGE_ID), *note_blocks(scores.notes)]
+    blocks.append(table_block(scores.summary(), "Accuracy and macro-F1"))
+    blocks += [
+        table_block(scores.by_language(rule), f"By language, rule {rule}", folded=True)
+        for rule in scores.settings["rules"]
+    ]
+    return "Language of a text by specific latents", [*blocks, settings_block(scores.settings, "Settings")]
 
 
 def responses_section(responses: TextResponses) -> tuple[str, list[Block]]:
@@ -87,7 +139,7 @@ def responses_section(responses: TextResponses) -> tuple[str, list[Block]]:
     width = math.prod(responses.sites[units]) if units in responses.sites else responses.n_units
     if known and sum(counts.values()) * width <= _MOST_RESPONSES:
         table = average_precision_table(responses, units)
-        blocks.append(figure_block(figures.average_precision(table, responses.languages, counts)))
+        blocks.append(figure_block(average_precision(table, responses.languages, counts)))
     elif known:
         blocks.append(text_block("There are too many responses to rank them for this report.", "note"))
     return "Text responses", [
@@ -101,4 +153,7 @@ COMPARISONS: dict[type, Callable[[Any], tuple[str, list[Block]]]] = {
     MethodComparison: _methods,
     Stability: _stability,
     CausalRanking: _ranking,
+    ModelComparison: _models,
+    CulturePerplexity: _cultures,
+    LanguageIdScores: _language_id,
 }

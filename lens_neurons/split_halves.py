@@ -67,6 +67,10 @@ class Stability:
         """The parts of a half that the method was run on, ascending."""
         return tuple(sorted(float(value) for value in self.splits["fraction"].unique()))
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row a split, fraction and language; see `splits`."""
+        return self.splits.copy()
+
     def curve(self, *, confidence: float = CONFIDENCE) -> pd.DataFrame:
         """Return one row a fraction and language: how well two recordings of so many tokens agree.
 

@@ -45,7 +45,7 @@ class ModelComparison:
         languages: One row a language: units `before` and `after`, `shared`, `change`, `low`, `high`.
         units: The units with a class in one of the models: `site`, `layer`, `neuron`, class `before` and `after`.
         notes: What a reader must know, such as different corpora.
-        settings: Method and settings in each model, what was resampled and how often, seed.
+        settings: Method, its settings in each model (`before`, `after`), what was resampled and how often, seed.
         before: Provenance of the first model's data.
         after: Provenance of the second's.
     """
@@ -85,7 +85,7 @@ class ModelComparison:
             f"{kind}: {before} -> {after} ({change:+d}{_interval(low, high)})"
             for kind, before, after, change, low, high in self.kinds.itertuples(index=False, name=None)
         ]
-        return f"ModelComparison({self.settings.get('method', '?')}; {', '.join(parts)})"
+        return f"ModelComparison({self.settings.get('method', {}).get('name', '?')}; {', '.join(parts)})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the comparison as one JSON file."""
@@ -207,7 +207,7 @@ def compare_models(
             drawn[-1]["noise"] = _table(last[0], made[0]) + _table(last[1], made[1])
         last = made
     described = {
-        "method": method,
+        "method": {"name": method},
         "before": dict(sets[0].method),
         "after": dict(sets[1].method),
         "sites": {site: list(shape) for site, shape in sets[0].sites.items()},

@@ -12,6 +12,8 @@ from lens_neurons.activation_stats import ActivationStats
 from lens_neurons.collecting import PartialSums
 from lens_neurons.evaluation.causal import CausalRanking
 from lens_neurons.evaluation.contexts import TopTexts
+from lens_neurons.evaluation.cultures import CulturePerplexity
+from lens_neurons.evaluation.feature_lid import LanguageIdScores
 from lens_neurons.evaluation.forcing import ForcingScores
 from lens_neurons.evaluation.lss import SteeringScores
 from lens_neurons.evaluation.perplexity import PerplexityMatrix
@@ -21,6 +23,7 @@ from lens_neurons.languages import DEMO_LANGUAGES
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.split_halves import Stability
 from lens_neurons.storage import Provenance
+from lens_neurons.transitions import ModelComparison, compare_models
 
 PROVENANCE = Provenance(
     model="tiny",
@@ -299,6 +302,60 @@ def make_stability(languages: Sequence[str] = DEMO_LANGUAGES) -> Stability:
 
 
 @cache
+def make_models(languages: Sequence[str] = ("en", "nl", "fr", "zh", "it")) -> ModelComparison:
+    """Return what changes where a second model's counts are those of other made-up neurons."""
+    before, after = make_neurons(languages), make_neurons(languages, empty=("it", "fr"))
+    sides = [
+        make_stats(before),
+        dataclasses.replace(make_stats(after), provenance=PROVENANCE.replace(weights="ef" * 32)),
+    ]
+    return compare_models(*sides, "lape", n_resamples=4, progress=False, top_rate=0.1)
+
+
+@cache
+def make_cultures() -> CulturePerplexity:
+    """Return two sets of two cultures; "pure" neurons cost the text about the culture alone."""
+    draw = np.random.default_rng(31)
+    cultures, blocks = ("culture:fr", "culture:ja"), []
+    for text in ("culture", "plain"):
+        for tested in cultures:
+            shared = {"task": text, "target": tested, "item": range(N_TEXTS)}
+            base = 3 + draw.random(N_TEXTS)
+            blocks.append({**shared, "condition": NONE, "metric": "tokens", "value": np.full(N_TEXTS, 20.0)})
+            blocks.append({**shared, "condition": NONE, "metric": "nll", "value": base})
+            for name in ("language", "pure"):
+                for silenced in cultures:
+                    for label in (NEURONS, control_label(0)):
+                        hit = label == NEURONS and silenced == tested and (text == "culture" or name == "language")
+                        mine = {**shared, "base": name, "condition": label, "language": silenced, "metric": "nll"}
+                        blocks.append({**mine, "value": base + 0.5 * hit + 0.05 * draw.standard_normal(N_TEXTS)})
+    settings = {"sets": ["language", "pure"], "cultures": list(cultures), "seed": 0}
+    settings["neurons"] = dict.fromkeys(("language", "pure"), dict.fromkeys(cultures, 5))
+    settings["methods"] = {"language": {"name": "lape"}, "pure": {"name": "culture"}}
+    settings["method"] = {"name": "culture"}
+    return CulturePerplexity(tidy(blocks), ("a note on cultures",), settings, PROVENANCE)
+
+
+@cache
+def make_language_id(languages: Sequence[str] = ("en", "fr", "ja")) -> LanguageIdScores:
+    """Return scores in which latents name most texts right, random ones few, and fastText all."""
+    draw = np.random.default_rng(32)
+    blocks = []
+    for code in languages:
+        for condition, rule, share in (
+            (NEURONS, "count", 0.8),
+            (control_label(0), "count", 0.3),
+            ("fasttext", "", 1.0),
+        ):
+            named = [code if draw.random() < share else languages[0] for _ in range(N_TEXTS)]
+            shared = {"task": "language_id", "metric": "correct", "item": range(N_TEXTS), "condition": condition}
+            value = [float(name == code) for name in named]
+            blocks.append({**shared, "factor": rule, "language": code, "target": named, "value": value})
+    settings = {"languages": list(languages), "rules": ["count"], "seed": 0, "method": {"name": "sae_lape"}}
+    return LanguageIdScores(tidy(blocks), ("a note on latents",), settings, PROVENANCE)
+
+
+@cache
 def make_ranking(languages: Sequence[str] = ("en", "nl", "fr", "zh", "it")) -> CausalRanking:
     """Return a ranking of three methods: one that hurts its own language, one that hurts all, one that hurts none."""
     costs = {"random_matched": (0.05, 0.05), "lape": (0.8, 0.1), "language_activated": (0.9, 0.6)}
@@ -321,5 +378,6 @@ def make_ranking(languages: Sequence[str] = ("en", "nl", "fr", "zh", "it")) -> C
         settings |= {"neurons": dict.fromkeys(names, 25), "method": {"name": name}}
         matrices[name] = PerplexityMatrix(tidy(blocks), (), settings, PROVENANCE)
     units = {name: dict.fromkeys(languages, 25) for name in matrices}
-    settings = {"languages": list(languages), "seed": 0, "units": units, "size": 25}
+    methods = {name: {"name": name} for name in matrices}
+    settings = {"languages": list(languages), "seed": 0, "units": units, "size": 25, "methods": methods}
     return CausalRanking(matrices, ("'lape', random-0: a note.",), settings, PROVENANCE)

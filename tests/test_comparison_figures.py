@@ -1,5 +1,7 @@
 """Figures that compare: their numbers against the results they show, labels, themes, bad input."""
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 
@@ -8,7 +10,8 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from oracle import sentence
-from results import make_kinds, make_methods, make_neurons, make_ranking, make_stability
+from results import make_kinds, make_methods, make_models, make_neurons, make_ranking, make_stability
+from sklearn.metrics import average_precision_score
 
 from lens_neurons import figures
 from lens_neurons.compare import MethodComparison, compare_methods
@@ -16,6 +19,8 @@ from lens_neurons.errors import DataError
 from lens_neurons.figure_style import dark_colours
 from lens_neurons.languages import LANGUAGES
 from lens_neurons.neurons import NeuronSet
+from lens_neurons.precision_figures import best_by_chance, chance_precision
+from lens_neurons.transitions import CLASSES
 
 FEW = ("en", "nl", "fr", "zh", "it")
 
@@ -34,6 +39,7 @@ MAKERS: dict[str, Callable[[str], go.Figure]] = {
     "method_overlap": lambda theme: figures.method_overlap(compare_methods(make_methods(FEW)), theme=theme),
     "method_layers": lambda theme: figures.method_layers(compare_methods(make_methods(FEW)), theme=theme),
     "stability_curve": lambda theme: figures.stability_curve(make_stability(FEW), theme=theme),
+    "class_changes": lambda theme: figures.class_changes(make_models(), theme=theme),
     "unit_classes": lambda theme: figures.unit_classes(make_kinds(), theme=theme),
     "average_precision": lambda theme: figures.average_precision(precision(), FEW, dict.fromkeys(FEW, 20), theme=theme),
     "causal_ranking": lambda theme: figures.causal_ranking(make_ranking(), theme=theme),
@@ -76,7 +82,9 @@ def test_method_overlap_shows_the_matrix_and_chance(comparison: MethodComparison
     names = list(fig.layout.yaxis.ticktext)
     assert names == list(fig.layout.xaxis.ticktext)
     between, own = (np.asarray(trace.z, dtype=float) for trace in fig.data)
+    assert (fig.data[0].zmin, fig.data[0].zmax) == (0, 1)
     matrix, sizes = comparison.matrix(language), comparison.matrix(language, "shared")
+    corrected = comparison.matrix(language, "corrected")
     table = comparison.to_frame()
     for i, one in enumerate(names):
         assert own[i, i] == sizes.loc[one, one]
@@ -84,19 +92,58 @@ def test_method_overlap_shows_the_matrix_and_chance(comparison: MethodComparison
             if i == k:
                 assert np.isnan(between[i, k])
                 continue
-            assert between[i, k] == pytest.approx(matrix.loc[one, other])
+            assert between[i, k] == pytest.approx(max(corrected.loc[one, other], 0))
             rows = table[table["method"].isin([one, other]) & table["other"].isin([one, other])]
             rows = rows if language is None else rows[rows["language"] == language]
             said = fig.data[0].customdata[i][k][2]
             assert f"by chance {rows['expected_jaccard'].mean():.3f}" in said
             assert f"corrected for it {rows['corrected'].mean():.3f}" in said
+            assert f"Jaccard index {matrix.loc[one, other]:.3f}, {rows['contained'].mean():.1%} of the smaller" in said
             found, tested = (rows["q"] < 0.05).sum(), rows["q"].notna().sum()
+            number = f"{matrix.loc[one, other]:.2f}"
+            assert fig.data[0].text[i][k] == (number if 2 * found > tested else f"({number})")
             assert f"over all units in {found} of {tested} languages" in said
             found = (rows["q_layers"] < 0.05).sum()
             assert f"within layers in {found} of {tested} languages" in said
     assert ("French" if language else "mean over languages") in subtitle(fig)
-    # The two that were made alike stand together.
+    # The two that were made alike stand together; random units agree with none.
     assert abs(names.index("lape") - names.index("fixed_count")) == 1
+    assert "(" not in fig.data[0].text[names.index("lape")][names.index("fixed_count")]
+    assert "(" in fig.data[0].text[names.index("lape")][names.index("random_matched")]
+
+
+def test_sets_that_share_what_chance_gives_are_pale():
+    """Random sets of half of all units: their Jaccard index is a third, and no agreement."""
+    draw = torch.Generator().manual_seed(3)
+    sets = {
+        name: NeuronSet.from_masks({"en": torch.rand(4, 400, generator=draw) < 0.5}, method={"name": name})
+        for name in ("a", "b")
+    }
+    fig = figures.method_overlap(compare_methods(sets))
+    assert compare_methods(sets).matrix().loc["a", "b"] > 0.3
+    assert np.nanmax(np.asarray(fig.data[0].z, dtype=float)) < 0.05
+    assert fig.data[0].text[0][1].startswith("(0.3")
+
+
+def test_other_codes_of_a_language_do(comparison: MethodComparison):
+    for draw in (figures.method_overlap, figures.method_layers):
+        assert draw(comparison, "fra_Latn").to_json() == draw(comparison, "fr").to_json()
+        assert "French" in subtitle(draw(comparison, "fra_Latn"))
+
+
+@pytest.mark.parametrize("layers", [6, 32, 80])
+def test_method_layers_of_many_layers_name_some_of_them(layers: int):
+    sites = dict.fromkeys(("q", "k", "v", "o", "gate_act", "down"), (layers, 40))
+    units = {"en": torch.arange(0, 6 * layers * 40, 7)}
+    sets = {name: NeuronSet.from_units(units, sites=sites, method={"name": name}) for name in ("a", "b")}
+    fig = figures.method_layers(compare_methods(sets))
+    assert len(fig.layout.xaxis.ticktext) <= 36
+    assert set(fig.layout.xaxis.ticktext) <= {str(layer) for layer in range(layers)}
+    assert [note.text for note in fig.layout.annotations] == ["q", "k", "v", "o", "mlp", "down"]
+    assert [note.x for note in fig.layout.annotations] == [k * layers + (layers - 1) / 2 for k in range(6)]
+    assert [line.x0 for line in fig.layout.shapes] == [k * layers - 0.5 for k in range(1, 6)]
+    most = np.nanmax(np.asarray(fig.data[0].z, dtype=float))
+    assert fig.data[0].colorbar.tickformat == (".1%" if most < 0.05 else ".0%")
 
 
 def test_method_layers_shows_shares(comparison: MethodComparison):
@@ -104,7 +151,10 @@ def test_method_layers_shows_shares(comparison: MethodComparison):
     values = np.asarray(fig.data[0].z, dtype=float)
     expected = comparison.layer_profiles("fr", share=True)
     assert list(fig.layout.yaxis.ticktext) == list(comparison.methods)
-    assert list(fig.layout.xaxis.ticktext) == [f"{site} {layer}" for site, layer in expected.index]
+    assert list(fig.layout.xaxis.ticktext) == [str(layer) for _, layer in expected.index]
+    assert [note.text for note in fig.layout.annotations] == ["mlp", "q"]
+    named = [cell[1] for cell in fig.data[0].customdata[0]]
+    assert named == [f"{site} {layer}" for site, layer in expected.index]
     assert values == pytest.approx(expected.to_numpy().T, nan_ok=True)
     row = list(comparison.methods).index("average_precision")
     assert values[row].sum() == pytest.approx(1.0)
@@ -139,6 +189,7 @@ def test_stability_curve_shows_mean_interval_languages_and_chance():
     assert sum(bool(trace.showlegend) for trace in languages) == 1
     assert f"{overall['mean'].iloc[-1]:.2f} [" in subtitle(fig)
     assert "top_rate 0.05" in subtitle(fig)
+    assert "mean over 4 of 5 languages" in subtitle(fig)
     assert "tokens" in fig.layout.xaxis.title.text
 
 
@@ -167,7 +218,7 @@ def test_average_precision_counts_units():
     scores[2, :4] = torch.tensor([1.0, 0.0, 0.02, 0.019999])
     texts = {code: 10 * (k + 1) for k, code in enumerate(FEW)}
     fig = figures.average_precision(scores, FEW, texts)
-    heat, best, nothing = fig.data
+    heat, best, nothing, many = fig.data
     counts = np.array([[cell[2] for cell in row] for row in heat.customdata])
     assert counts.sum(axis=1).tolist() == [300] * 5
     for k, row in enumerate(scores.numpy()):
@@ -179,8 +230,61 @@ def test_average_precision_counts_units():
     assert np.isnan(shades[counts == 0]).all()
     assert 10 ** shades[counts > 0] == pytest.approx(counts[counts > 0])
     assert list(best.x) == pytest.approx(scores.amax(dim=1).tolist())
-    assert list(nothing.x) == pytest.approx([n / 150 for n in texts.values()])
+    assert list(nothing.x) == pytest.approx([chance_precision(n, 150) for n in texts.values()])
+    assert list(many.x) == pytest.approx([best_by_chance(n, 150, 300) for n in texts.values()])
+    assert many.name == "best of 300 random units"
     assert len(figures.average_precision(scores, FEW).data) == 2
+
+
+@pytest.mark.parametrize(("positives", "texts"), [(1, 1), (1, 6), (3, 7), (4, 8), (5, 5)])
+def test_chance_precision_is_the_mean_over_all_rankings(positives: int, texts: int):
+    found = [
+        average_precision_score(np.isin(np.arange(texts), chosen), -np.arange(texts))
+        for chosen in itertools.combinations(range(texts), positives)
+    ]
+    assert chance_precision(positives, texts) == pytest.approx(np.mean(found))
+
+
+@pytest.mark.parametrize("units", [1, 20, 500, 5000])
+def test_the_best_of_many_is_that_of_random_responses(units: int):
+    """Scikit-learn's average precision of random responses; and far above what one unit has."""
+    draw = np.random.default_rng(4)
+    labels = np.arange(60) < 12
+    ranks = draw.random((100_000, 60)).argsort(axis=1).argsort(axis=1)
+    at = np.sort(60 - ranks[:, labels], axis=1)
+    values = (np.arange(1, 13) / at).mean(axis=1)
+    assert values[7] == pytest.approx(average_precision_score(labels, ranks[7]))
+    expected = values.reshape(-1, units).max(axis=1).mean()
+    assert best_by_chance(12, 60, units) == pytest.approx(expected, abs=0.02)
+    if units == 1:
+        assert best_by_chance(12, 60, 1) == pytest.approx(chance_precision(12, 60), abs=0.005)
+    else:
+        assert best_by_chance(12, 60, units) > chance_precision(12, 60) + 0.1
+    assert best_by_chance(2, 3, 10**9) == best_by_chance(3, 3, 9) == best_by_chance(1, 2, 5000) == 1.0
+
+
+def test_no_ranking_without_texts():
+    for positives, texts in ((0, 5), (6, 5)):
+        for call in (
+            lambda p=positives, n=texts: chance_precision(p, n),
+            lambda p=positives, n=texts: best_by_chance(p, n, 9),
+        ):
+            with pytest.raises(DataError) as caught:
+                call()
+            sentence(caught.value)
+
+
+def test_class_changes_show_the_matrix():
+    comparison = make_models()
+    fig = figures.class_changes(comparison)
+    matrix = comparison.matrix()
+    assert list(fig.layout.yaxis.ticktext) == list(fig.layout.xaxis.ticktext) == list(CLASSES)
+    for i, before in enumerate(CLASSES):
+        for k, after in enumerate(CLASSES):
+            assert fig.data[0].text[i][k] == f"{matrix.loc[before, after]:,}"
+            low, high = (comparison.matrix(name).loc[before, after] for name in ("low", "high"))
+            assert f"{low:,.0f} to {high:,.0f} in resamples" in fig.data[0].customdata[i][k][2]
+    assert "method lape; specific" in subtitle(fig)
 
 
 def test_average_precision_of_something_else():
@@ -206,6 +310,14 @@ def test_causal_ranking_shows_the_table():
         assert list(trace.x + trace.error_x.array) == pytest.approx(table[f"{name}_high"].tolist())
         assert list(trace.x - trace.error_x.arrayminus) == pytest.approx(table[f"{name}_low"].tolist())
     assert "25 units of one language silenced" in subtitle(fig)
+    uneven = dict(zip(ranking.languages, (4, 9, 28, 9, 9)))
+    other = dataclasses.replace(
+        ranking, settings={**ranking.settings, "units": dict.fromkeys(ranking.settings["units"], uneven)}
+    )
+    assert "4 to 28 units of one language silenced" in subtitle(figures.causal_ranking(other, summary=table))
+    assert repr(other).startswith("CausalRanking(4 to 28 units a language")
+    assert other.sizes.loc[:, "lape"].to_dict() == uneven
+    assert other.summary(n_resamples=9)[["size", "size_min", "size_max"]].to_numpy().tolist() == [[11.8, 4, 28]] * 3
     assert [trace.showlegend for trace in fig.data] == [True, True, True, False, False]
 
 

@@ -13,13 +13,17 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+from oracle import sentence
 from results import (
     PROVENANCE,
+    make_cultures,
     make_forcing,
     make_generations,
     make_kinds,
+    make_language_id,
     make_lss,
     make_methods,
+    make_models,
     make_neurons,
     make_perplexity,
     make_ranking,
@@ -32,6 +36,7 @@ from lens_neurons import figures
 from lens_neurons.compare import compare_methods
 from lens_neurons.errors import DataError, StorageError
 from lens_neurons.generation import Generation, Generations
+from lens_neurons.methods import cite
 from lens_neurons.methods.average_precision import average_precision_table
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.recorded import Recording
@@ -102,6 +107,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compare_methods(make_methods(FEW)),
         make_stability(FEW),
         make_ranking(FEW),
+        make_models(FEW),
+        make_cultures(),
+        make_language_id(),
         make_generations(),
         make_top_texts(),
         "# In words\n\nA first paragraph.\n\nA second one.",
@@ -122,6 +130,7 @@ def test_a_report_holds_every_part_once(whole: Path):
             "Language of unprompted text",
         ),
         *("Language neurons: ternary", "Methods compared", "Stability: lape", "Methods by what silencing shows"),
+        *("Two models: lape", "Cultures", "Language of a text by specific latents"),
         *("Generations", "Unit L3.N17", "In words", "Bars", "Figure", "References", "Provenance"),
     )
     ids = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
@@ -139,6 +148,7 @@ def test_a_report_holds_every_part_once(whole: Path):
     for part in (
         *("Activation probability in layer 0", "Language neurons by layer", "Overlap", "best neurons", "by factor"),
         *("factor p_max", "factor p_median", "factor =0", "Perplexity", "unprompted text", "Where L3.N17"),
+        "Units that change class",
         *("Kinds of units", "Overlap of methods", "Where methods find", "How stable", "Which method finds"),
     ):
         assert any(part in title for title in titles), part
@@ -170,6 +180,35 @@ def test_methods_are_compared_in_numbers(whole: Path):
     overall = make_stability(FEW).overall().iloc[-1]
     assert f"{overall['mean']:.3f} [{overall['low']:.3f}, {overall['high']:.3f}]" in text
     assert "it has no unit in any half" in text
+
+
+def test_every_comparison_is_cited_and_has_its_provenance(whole: Path, tmp_path: Path):
+    for part, papers in (
+        (make_models(FEW), ["tang2024language"]),
+        (compare_methods(make_methods(FEW)), ["tang2024language", "kojima2024multilingual"]),
+        (make_stability(FEW), ["tang2024language"]),
+        (make_ranking(FEW), ["tang2024language", "rahmanisa2025unveiling"]),
+        (make_cultures(), ["2402.16438", "2508.02241"]),
+        (make_language_id(), ["2507.11230"]),
+    ):
+        text = Page(write_report([part], tmp_path / "x.html")).text
+        references = text[text.rindex("References") :]
+        for paper in papers:
+            assert paper in cite(part), type(part)
+            assert paper in references
+    text = Page(write_report([make_models(FEW)], tmp_path / "x.html")).text
+    assert "1: ModelComparison before 2: ModelComparison after" in text
+    assert "ab" * 32 in text
+    assert "ef" * 32 in text
+    assert "a note on cultures" in Page(whole).text
+    assert "a note on latents" in Page(whole).text
+
+
+def test_what_has_no_method_cannot_be_cited():
+    for wrong in (3, None, pd.DataFrame(), make_recording()):
+        with pytest.raises(DataError, match="no method to cite") as caught:
+            cite(wrong)
+        sentence(caught.value)
 
 
 def test_a_report_fetches_nothing_and_is_small(whole: Path):
@@ -310,6 +349,7 @@ def test_an_unknown_part_is_refused(tmp_path: Path):
 def test_every_saved_kind_is_loaded(tmp_path: Path):
     neurons = make_neurons(FEW)
     saved = [
+        *((make_models(FEW), "j.json"), (make_cultures(), "k.parquet"), (make_language_id(), "l.jsonl")),
         *((make_stats(neurons), "a.safetensors"), (neurons, "b"), (make_lss(FEW, n_facts=10), "c.parquet")),
         *((make_perplexity(FEW), "d.jsonl"), (make_forcing(FEW), "e"), (make_top_texts(), "f.json")),
         *((make_stability(FEW), "g"), (make_ranking(FEW), "h"), (compare_methods(make_methods(FEW)), "i.json")),

@@ -84,6 +84,7 @@ ORDER = (
     "distribute",
     "figure_style",
     "comparison_figures",
+    "precision_figures",
     "figures",
     "report_blocks",
     "reporting_comparison",

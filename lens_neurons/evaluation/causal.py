@@ -85,6 +85,18 @@ class CausalRanking:
         """The languages whose units are silenced."""
         return tuple(self.settings["languages"])
 
+    @property
+    def sizes(self) -> pd.DataFrame:
+        """The number of units silenced, by language (rows) and method (columns)."""
+        units: Mapping[str, Mapping[str, int]] = self.settings["units"]
+        columns = {name: [units[name][code] for code in self.languages] for name in self.methods}
+        return pd.DataFrame(columns, index=pd.Index(self.languages, name="language"))
+
+    def size_range(self) -> str:
+        """Return in words how many units of a language are silenced, over all languages and methods."""
+        low, high = int(self.sizes.to_numpy().min()), int(self.sizes.to_numpy().max())
+        return f"{high:,} units" if low == high else f"{low:,} to {high:,} units"
+
     @cached_property
     def _tokens(self) -> dict[str, Floats]:
         """Scored tokens of each text, by language tested."""
@@ -144,12 +156,12 @@ class CausalRanking:
     def summary(self, *, n_resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> pd.DataFrame:
         """Return one row a method, the most selective first; changes are in nats a token, intervals resample texts.
 
-        Columns: `size`, units a language (mean); `own`, the change in the language whose units are silenced, mean over
-        languages; `other`, the mean change in the other languages; `selectivity`, own - other; `control_own`,
-        `control_other` and `control_selectivity`, the same for random units, mean over draws (texts and draws
-        resampled); `beyond`, selectivity - control_selectivity; all with `_low` and `_high`. `above`: languages whose
-        own change exceeds that of every other (interval above 0), of `n`; `control_above`: the same for random units,
-        mean over draws.
+        Columns: `size`, units a language (mean) with the fewest and most, `size_min` and `size_max`; `own`, the change
+        in the language whose units are silenced, mean over languages; `other`, the mean change in the other languages;
+        `selectivity`, own - other; `control_own`, `control_other` and `control_selectivity`, the same for random
+        units, mean over draws (texts and draws resampled); `beyond`, selectivity - control_selectivity; all with
+        `_low` and `_high`. `above`: languages whose own change exceeds that of every other (interval above 0), of `n`;
+        `control_above`: the same for random units, mean over draws.
 
         Args:
             n_resamples: Number of resamples of texts; the same ones for all methods, and, where all languages have
@@ -159,8 +171,8 @@ class CausalRanking:
         rows: dict[str, dict[str, Any]] = {}
         for method, changes in self._all(n_resamples, confidence).items():
             neurons = changes.pop(NEURONS)
-            sizes = [self.settings["units"][method][code] for code in self.languages]
-            row: dict[str, Any] = {"size": float(np.mean(sizes))}
+            sizes = self.sizes[method].to_numpy()
+            row: dict[str, Any] = {"size": float(sizes.mean()), "size_min": sizes.min(), "size_max": sizes.max()}
             measured = {"own": neurons.own, "other": neurons.other, "selectivity": neurons.selectivity}
             if changes:
                 weights = self._weights(len(changes), n_resamples)
@@ -209,7 +221,10 @@ class CausalRanking:
         return pd.DataFrame(rows, columns=["method", "other", "mean", "low", "high"])
 
     def by_language(self) -> pd.DataFrame:
-        """Return each language's own change minus the mean of the others', by language (rows) and method (columns)."""
+        """Return each language's own change minus the mean of the others', by language (rows) and method (columns).
+
+        `sizes` has the number of units behind each.
+        """
         columns: dict[str, pd.Series] = {}
         for method, matrix in self.matrices.items():
             change = matrix.change()
@@ -224,7 +239,7 @@ class CausalRanking:
         """Return the methods by selectivity."""
         table: Any = self.summary(n_resamples=200)
         listed = ", ".join(f"{name} {row['selectivity']:+.3f}" for name, row in table.iterrows())
-        size = f"{table['size'].iloc[0]:.0f} units a language, {len(self.languages)} languages"
+        size = f"{self.size_range()} a language, {len(self.languages)} languages"
         return f"CausalRanking({size}; own - other in nats a token: {listed})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
