@@ -153,10 +153,10 @@ def method_layers(comparison: MethodComparison, language: str | None = None, the
     shown = [place for place, layer in enumerate(layers) if layer % step == 0]
     fig.update_xaxes(tickvals=shown, ticktext=[str(layers[place]) for place in shown], tickangle=0, title_text="layer")
     if several:
-        # Sites stand above their layers, with a line between them.
+        # Sites stand above their layers, with a gap between them.
         for place in range(1, len(sites)):
             if sites[place] != sites[place - 1]:
-                fig.add_vline(x=place - 0.5, line={"color": style.ink, "width": 1})
+                fig.add_vline(x=place - 0.5, line={"color": style.paper, "width": 5})
         for site in dict.fromkeys(sites):
             first, number = sites.index(site), sites.count(site)
             fig.add_annotation(
