@@ -439,6 +439,21 @@ def test_readme_examples_are_python_and_name_only_public_things(heading: str):
     assert used <= set(lens_neurons.__all__)
 
 
+def test_readme_cites_every_method_and_score():
+    from lens_neurons.methods import cite, list_methods
+
+    entries = cite(*list_methods().index, "lss", "forcing", "perplexity")
+    assert entries.count("@") >= 10
+    assert entries in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_readme_lists_every_method():
+    from lens_neurons.methods import list_methods
+
+    section = (ROOT / "README.md").read_text("utf-8").split("## Every method, from one recording\n", 1)[1]
+    assert set(list_methods().index) == set(re.findall(r"^\| `(\w+)` \|", section.split("\n## ")[0], re.MULTILINE))
+
+
 def test_extras_and_python_versions_are_as_documented():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["requires-python"] == ">=3.11"
