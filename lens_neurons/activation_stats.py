@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lens_neurons.collecting import SUMS, PartialSums
 from lens_neurons.errors import DataError, ProvenanceError, SettingError, StorageError
-from lens_neurons.languages import canonical
+from lens_neurons.languages import canonical, recorded_index, require_once_each
 from lens_neurons.sharing import CardFacts, Shareable
 from lens_neurons.storage import (
+    SAME_MODEL,
     SCHEMA,
     Provenance,
     corpus_of,
@@ -31,10 +32,7 @@ KIND = "activation_stats"
 FILE_NAME = "stats.safetensors"
 
 # What must agree before two recordings go together; corpora differ on purpose, they are of different languages.
-_SAME = (
-    *("n_layers", "d_mlp", "site", "model", "revision", "dtype", "processing", "backend"),
-    *("weights", "tokenizer", "policy"),
-)
+_SAME = (*SAME_MODEL, "d_mlp", "site")
 _TEXT_STATISTICS = {"p_max": "text_max", "p_median": "text_median", "p_mean": "text_mean"}
 
 
@@ -211,10 +209,7 @@ class ActivationStats(Shareable):
         Raises:
             DataError: It was not recorded.
         """
-        code = canonical(language)
-        if code not in self.languages:
-            raise DataError(f"'{language}' was not recorded; this recording has {', '.join(self.languages)}.")
-        return self.languages.index(code)
+        return recorded_index(language, self.languages)
 
     def probability(self) -> Float64[Tensor, "language layer neuron"]:
         """Return the activation probability: the share of counted tokens with an activation above 0."""
@@ -304,10 +299,7 @@ class ActivationStats(Shareable):
                     "record both with the same."
                 )
         codes = [code for part in parts for code in part.languages]
-        if twice := sorted({code for code in codes if codes.count(code) > 1}):
-            raise DataError(
-                f"{', '.join(twice)} is in more than one recording; record its texts as one corpus, or select() first."
-            )
+        require_once_each(codes)
         merged: dict[str, Any] = {}
         for name in self._tensors():
             values = [getattr(part, name) for part in parts]

@@ -20,9 +20,10 @@ from lens_neurons.adapter import SITES, Adapter
 from lens_neurons.batching import Batch, Shard
 from lens_neurons.collectors import Collector, HookPair
 from lens_neurons.errors import DataError, ModelError, ProvenanceError
-from lens_neurons.languages import canonical
+from lens_neurons.languages import canonical, recorded_index, require_once_each
 from lens_neurons.sae import PlacedSAE, counted_values, place_saes
 from lens_neurons.storage import (
+    SAME_MODEL,
     SCHEMA,
     Provenance,
     load_tensors,
@@ -39,10 +40,7 @@ KIND = "features"
 VALUES_AT_ONCE = 1 << 23
 
 # What must agree before two recordings go together.
-_SAME = (
-    *("n_layers", "d_mlp", "site", "model", "revision", "dtype", "processing", "backend"),
-    *("weights", "tokenizer", "policy"),
-)
+_SAME = (*SAME_MODEL, "d_mlp", "site")
 _TABLES = ("active_tokens", "active_texts", "sum", "largest", "smallest")
 
 
@@ -187,10 +185,7 @@ class FeatureStats:
         Raises:
             DataError: It was not recorded.
         """
-        code = canonical(language)
-        if code not in self.languages:
-            raise DataError(f"'{language}' was not recorded; these features have {', '.join(self.languages)}.")
-        return self.languages.index(code)
+        return recorded_index(language, self.languages)
 
     def flat(self) -> Int64[Tensor, "place latent"]:
         """Return the flat unit number of every latent: layer * latents + index."""
@@ -238,10 +233,7 @@ class FeatureStats:
                     "record both with the same."
                 )
         codes = [code for part in parts for code in part.languages]
-        if twice := sorted({code for code in codes if codes.count(code) > 1}):
-            raise DataError(
-                f"{', '.join(twice)} is in more than one recording; record its texts as one corpus, or select() first."
-            )
+        require_once_each(codes)
         merged = {name: torch.cat([getattr(part, name) for part in parts]) for name in self._tensors()}
         return replace(self, languages=tuple(codes), **merged)
 

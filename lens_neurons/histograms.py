@@ -21,8 +21,9 @@ from lens_neurons.batching import Batch, Shard
 from lens_neurons.bins import Binning, Bins, binning_of
 from lens_neurons.collectors import Collector, HookPair
 from lens_neurons.errors import DataError, ModelError, SettingError
-from lens_neurons.languages import canonical
+from lens_neurons.languages import canonical, recorded_index, require_once_each
 from lens_neurons.storage import (
+    SAME_MODEL,
     SCHEMA,
     Provenance,
     load_tensors,
@@ -39,10 +40,7 @@ KIND = "histograms"
 MOST_TOKENS = 2**31 - 1
 
 # What must agree before two recordings go together.
-_SAME = (
-    *("n_layers", "d_mlp", "site", "model", "revision", "dtype", "processing", "backend"),
-    *("weights", "tokenizer", "policy"),
-)
+_SAME = (*SAME_MODEL, "d_mlp", "site")
 
 # Values binned at once, and neurons: on a CPU the counts of a block of neurons stay in its second-level cache.
 _BLOCK = {"cpu": (1 << 18, 512), "cuda": (1 << 22, 1 << 22)}
@@ -173,10 +171,7 @@ class Histograms:
         Raises:
             DataError: It was not recorded.
         """
-        code = canonical(language)
-        if code not in self.counts:
-            raise DataError(f"'{language}' was not recorded; this recording has {', '.join(self.languages)}.")
-        return self.languages.index(code)
+        return recorded_index(language, self.languages)
 
     def probability(
         self, layer: int | slice | None = None, neurons: slice | None = None
@@ -235,11 +230,7 @@ class Histograms:
                 raise DataError(
                     f"histograms with bins {mine} and {theirs} cannot be merged; record both with the same."
                 )
-            if twice := sorted(set(counts) & set(other.counts)):
-                raise DataError(
-                    f"{', '.join(twice)} is in more than one recording; record its texts as one corpus, or select() "
-                    "first."
-                )
+            require_once_each([*counts, *other.counts])
             counts |= other.counts
             tokens.append(other.tokens)
             corpus = corpus if corpus == other.provenance.corpus else ""

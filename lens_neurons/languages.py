@@ -1,5 +1,6 @@
 """The table of languages: one canonical code each, and the codes that models and data sets use for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lens_neurons.errors import DataError
@@ -169,3 +170,27 @@ def separator(label: str) -> str:
     """Return what stands between two words: a space, or nothing for scripts that do not space words."""
     code = canonical(label)
     return LANGUAGES[code].separator if code in LANGUAGES else " "
+
+
+def recorded_index(language: str, languages: Sequence[str]) -> int:
+    """Return the position of a language among those recorded.
+
+    Raises:
+        DataError: It was not recorded.
+    """
+    code = canonical(language)
+    if code not in languages:
+        raise DataError(f"'{language}' was not recorded; this recording has {', '.join(languages)}.")
+    return languages.index(code)
+
+
+def require_once_each(languages: Sequence[str]) -> None:
+    """Raise where a language is in more than one of the recordings that are put together.
+
+    Raises:
+        DataError: One is.
+    """
+    if twice := sorted({code for code in languages if languages.count(code) > 1}):
+        raise DataError(
+            f"{', '.join(twice)} is in more than one recording; record its texts as one corpus, or select() first."
+        )

@@ -15,7 +15,7 @@ from lens_neurons.histograms import Histograms
 from lens_neurons.responses import TextResponses
 from lens_neurons.row_files import load_rows, save_all
 from lens_neurons.sharing import CardFacts, Shareable
-from lens_neurons.storage import Provenance, is_leftover, load_json, reading
+from lens_neurons.storage import SAME_MODEL, Provenance, is_leftover, load_json, reading
 
 # Parts whose rows of texts stay in files of their own, and those that are one file.
 ROW_PARTS = ("responses", "importances")
@@ -23,9 +23,6 @@ _TABLES: dict[str, Any] = {"histograms": Histograms, "features": FeatureStats}
 
 # The part that each setting of `Collect` asks for.
 _PARTS = {"responses": "responses", "importances": "importances", "histograms": "histograms", "saes": "features"}
-
-# In what parts of one recording agree.
-_SAME = ("n_layers", "model", "revision", "dtype", "processing", "backend", "weights", "tokenizer", "policy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +65,7 @@ class Recording(Shareable):
                     f"parts of a recording must be of the same languages in the same order; {name} has "
                     f"{', '.join(part.languages)} and another part {', '.join(self.languages)}."
                 )
-            self.provenance.require_same(part.provenance, _SAME, what="the parts of a recording")
+            self.provenance.require_same(part.provenance, SAME_MODEL, what="the parts of a recording")
 
     @property
     def parts(self) -> dict[str, Any]:

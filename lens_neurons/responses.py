@@ -20,19 +20,22 @@ from torch import Tensor
 
 from lens_neurons.errors import DataError, SettingError, StorageError
 from lens_neurons.languages import canonical
-from lens_neurons.storage import SCHEMA, Provenance, corpus_of, load_tensors, reading, require_kind, save_tensors
+from lens_neurons.storage import (
+    SAME_MODEL,
+    SCHEMA,
+    Provenance,
+    corpus_of,
+    load_tensors,
+    reading,
+    require_kind,
+    save_tensors,
+)
 
 KIND = "text_responses"
 ROWS_KIND = "text_rows"
 
 # Units whose quantiles are found at once.
 _UNITS_AT_ONCE = 1 << 16
-
-# What must agree before rows go together.
-_SAME = (
-    *("n_layers", "model", "revision", "dtype", "processing", "backend"),
-    *("weights", "tokenizer", "policy"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +314,7 @@ class TextResponses:
                     f"responses ({self.statistic}) at {dict(self.sites)} and ({other.statistic}) at "
                     f"{dict(other.sites)} cannot be merged; record both with the same sites."
                 )
-            self.provenance.require_same(other.provenance, _SAME, what="the recordings")
+            self.provenance.require_same(other.provenance, SAME_MODEL, what="the recordings")
             for code, own in other.parts.items():
                 parts[code] = (*parts.get(code, ()), *own)
         for code, own in parts.items():

@@ -23,6 +23,9 @@ from lens_neurons.languages import canonical
 # Version of every file layout that this package writes. Each has one golden file in tests/data.
 SCHEMA = 1
 
+# What agrees in recordings that go together, whatever their sites and corpora.
+SAME_MODEL = ("n_layers", "model", "revision", "dtype", "processing", "backend", "weights", "tokenizer", "policy")
+
 _HEADER = "lens_neurons"
 
 

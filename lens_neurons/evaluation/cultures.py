@@ -4,9 +4,8 @@ Text about cultures, and plain text in the same languages, under silenced langua
 if a set carries a culture and not its language, silencing it costs the text about the culture more than the plain one.
 """
 
-import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,11 +19,11 @@ from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation.intervals import CONFIDENCE, RESAMPLES, Floats, percentiles, resample_counts
 from lens_neurons.evaluation.perplexity import RANDOM_DRAWS, PerplexityMatrix, perplexity_matrix
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, Bos
-from lens_neurons.evaluation.tables import NEURONS, NONE, control_draws, control_label, grouped, load_table, save_table
+from lens_neurons.evaluation.tables import NEURONS, NONE, ScoreTable, control_label, grouped
 from lens_neurons.methods.culture import languages_of
 from lens_neurons.model import Model, adapt
 from lens_neurons.neurons import NeuronSet
-from lens_neurons.storage import Provenance, derive_seed
+from lens_neurons.storage import derive_seed
 
 KIND = "culture_perplexity"
 CULTURE = "culture"
@@ -37,7 +36,7 @@ _Changes = tuple[Floats, Floats]
 
 
 @dataclass(frozen=True, eq=False)
-class CulturePerplexity:
+class CulturePerplexity(ScoreTable):
     """Negative log-likelihood of text about cultures and of plain text, with several sets of neurons silenced in turn.
 
     Attributes:
@@ -50,12 +49,8 @@ class CulturePerplexity:
         provenance: The model, token policy, corpora.
     """
 
-    items: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    provenance: Provenance = field(default_factory=Provenance)
-
     task: ClassVar[str] = CULTURE
+    kind: ClassVar[str] = KIND
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -66,11 +61,6 @@ class CulturePerplexity:
     def cultures(self) -> tuple[str, ...]:
         """The cultures."""
         return tuple(self.settings["cultures"])
-
-    @property
-    def draws(self) -> tuple[str, ...]:
-        """The condition labels of the random draws."""
-        return tuple(control_draws(self.items))
 
     def matrix(self, name: str, text: str = CULTURE) -> PerplexityMatrix:
         """Return the culture by culture matrix of one set and one kind of text.
@@ -232,25 +222,6 @@ class CulturePerplexity:
         table = self.summary(n_resamples=200)["mean"]
         gaps = ", ".join(f"{name} {table[name, DIFFERENCE]:+.3f}" for name in self.sets)
         return f"CulturePerplexity({len(self.cultures)} cultures; change on culture text minus plain text: {gaps})"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scores: Parquet, or JSON Lines if the path ends in `.jsonl`."""
-        header = {
-            "notes": list(self.notes),
-            "settings": dict(self.settings),
-            "provenance": self.provenance.to_dict(),
-        }
-        save_table(path, self.items, KIND, header)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "CulturePerplexity":
-        """Return the scores in a file written by `save`.
-
-        Raises:
-            StorageError: The file is absent, damaged, or of another kind.
-        """
-        items, header = load_table(path, KIND)
-        return cls(items, tuple(header["notes"]), header["settings"], Provenance.from_dict(header["provenance"]))
 
 
 def _row(

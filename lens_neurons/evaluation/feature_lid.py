@@ -6,9 +6,8 @@ latents. (Their released script adds a layer's result once more for every text t
 nothing, though their order is right; here a text's score is its own.)
 """
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,11 +24,9 @@ from lens_neurons.evaluation.lid import identify_language
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, Bos, progress_bar
 from lens_neurons.evaluation.tables import (
     NEURONS,
+    ScoreTable,
     chosen,
-    control_draws,
     control_label,
-    load_table,
-    save_table,
     strings,
     tidy,
 )
@@ -38,7 +35,7 @@ from lens_neurons.model import Adapter, Model, adapt
 from lens_neurons.neurons import NeuronSet
 from lens_neurons.pairs import Pair
 from lens_neurons.sae import PlacedSAE, place_saes, read_values
-from lens_neurons.storage import Provenance, derive_seed
+from lens_neurons.storage import derive_seed
 
 TASK = "language_id"
 KIND = "language_id_scores"
@@ -54,7 +51,7 @@ _MODEL_FIELDS = ("weights", "dtype", "revision", "tokenizer")
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageIdScores:
+class LanguageIdScores(ScoreTable):
     """Which language each text was said to be in, by specific latents, by random ones and by fastText.
 
     Attributes:
@@ -67,22 +64,13 @@ class LanguageIdScores:
         provenance: The model, token policy, corpus.
     """
 
-    items: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    provenance: Provenance = field(default_factory=Provenance)
-
     task: ClassVar[str] = TASK
+    kind: ClassVar[str] = KIND
 
     @property
     def languages(self) -> tuple[str, ...]:
         """The languages of the texts."""
         return tuple(self.settings["languages"])
-
-    @property
-    def draws(self) -> tuple[str, ...]:
-        """The condition labels of the random draws."""
-        return tuple(control_draws(self.items))
 
     def named(self, rule: str = "count", condition: str = NEURONS) -> pd.DataFrame:
         """Return one row a text: its language, its number (`item`), and the language `named`, "" for none.
@@ -182,21 +170,6 @@ class LanguageIdScores:
         table = self.summary(n_resamples=1)
         shown = ", ".join(f"{rule} {mean:.3f}" for rule, mean in table["mean"].items())
         return f"LanguageIdScores({len(self.languages)} languages; accuracy {shown})"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scores: Parquet, or JSON Lines if the path ends in `.jsonl`."""
-        header = {"notes": list(self.notes), "settings": dict(self.settings), "provenance": self.provenance.to_dict()}
-        save_table(path, self.items, KIND, header)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "LanguageIdScores":
-        """Return the scores in a file written by `save`.
-
-        Raises:
-            StorageError: The file is absent, damaged, or of another kind.
-        """
-        items, header = load_table(path, KIND)
-        return cls(items, tuple(header["notes"]), header["settings"], Provenance.from_dict(header["provenance"]))
 
 
 def _accuracy_and_f1(tables: Floats, totals: Floats) -> tuple[Floats, Floats]:

@@ -6,9 +6,8 @@ it is not scored.
 """
 
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -25,11 +24,17 @@ from lens_neurons.errors import DataError, SettingError
 from lens_neurons.evaluation.controls import SILENCE, Treatment, chosen_languages, treatments
 from lens_neurons.evaluation.intervals import CONFIDENCE, RESAMPLES, Floats, percentiles, resample_counts
 from lens_neurons.evaluation.scoring import DEFAULT_BATCH_TOKENS, Bos, ScoreRow, progress_bar, score_rows
-from lens_neurons.evaluation.tables import NEURONS, NONE, chosen, control_draws, grouped, load_table, save_table, tidy
+from lens_neurons.evaluation.tables import (
+    NEURONS,
+    NONE,
+    ScoreTable,
+    chosen,
+    grouped,
+    tidy,
+)
 from lens_neurons.interventions import Condition
 from lens_neurons.model import Adapter, Model, adapt
 from lens_neurons.neurons import NeuronSet
-from lens_neurons.storage import Provenance
 
 TASK = "perplexity"
 KIND = "perplexity_matrix"
@@ -39,7 +44,7 @@ _SAME_TEXTS = ("weights", "dtype", "tokenizer", "processing", "policy", "corpus"
 
 
 @dataclass(frozen=True, eq=False)
-class PerplexityMatrix:
+class PerplexityMatrix(ScoreTable):
     """Negative log-likelihood of every text when one language's neurons are silenced, with its random control.
 
     Attributes:
@@ -52,12 +57,8 @@ class PerplexityMatrix:
         provenance: The model, token policy, corpus.
     """
 
-    items: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    provenance: Provenance = field(default_factory=Provenance)
-
     task: ClassVar[str] = TASK
+    kind: ClassVar[str] = KIND
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -68,11 +69,6 @@ class PerplexityMatrix:
     def tested(self) -> tuple[str, ...]:
         """The languages that are tested."""
         return tuple(self.settings["tested"])
-
-    @property
-    def draws(self) -> tuple[str, ...]:
-        """The condition labels of the random draws."""
-        return tuple(control_draws(self.items))
 
     @cached_property
     def _values(self) -> dict[tuple[str, ...], Floats]:
@@ -286,21 +282,6 @@ class PerplexityMatrix:
         size = f"{len(self.languages)} languages under {what!r} x {len(self.tested)} tested"
         hit = sum(table["above"].tolist()) if len(table) else 0
         return f"PerplexityMatrix({size}; own change above every other's for {hit} of {len(table)})"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the matrix: Parquet, or JSON Lines if the path ends in `.jsonl`."""
-        header = {"notes": list(self.notes), "settings": dict(self.settings), "provenance": self.provenance.to_dict()}
-        save_table(path, self.items, KIND, header)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "PerplexityMatrix":
-        """Return the matrix in a file written by `save`.
-
-        Raises:
-            StorageError: The file is absent, damaged, or of another kind.
-        """
-        items, header = load_table(path, KIND)
-        return cls(items, tuple(header["notes"]), header["settings"], Provenance.from_dict(header["provenance"]))
 
 
 def perplexity_matrix(

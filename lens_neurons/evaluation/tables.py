@@ -8,8 +8,9 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from pandas.util import hash_pandas_object
 
 from lens_neurons.errors import StorageError
-from lens_neurons.storage import SCHEMA, require_kind, sha256_of, write_atomic
+from lens_neurons.storage import SCHEMA, Provenance, require_kind, sha256_of, write_atomic
 
 COLUMNS = ("condition", "language", "base", "target", "factor", "task", "metric", "item", "value")
 
@@ -139,6 +140,49 @@ def load_table(path: str | os.PathLike[str], kind: str) -> tuple[pd.DataFrame, d
     if _checksum(header, frame) != expected:
         raise StorageError(f"{path} fails its checksum: the file was changed or damaged; make it again.")
     return frame, header
+
+
+S = TypeVar("S", bound="ScoreTable")
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """A tidy table of scores, and where it comes from.
+
+    Attributes:
+        items: The table.
+        notes: What a reader must know.
+        settings: The arguments of the call that made it.
+        provenance: The model, token policy, corpus.
+    """
+
+    items: pd.DataFrame
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    provenance: Provenance = field(default_factory=Provenance)
+
+    task: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The condition labels of the random draws."""
+        return tuple(control_draws(self.items))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything: Parquet, or JSON Lines if the path ends in `.jsonl`."""
+        header = {"notes": list(self.notes), "settings": dict(self.settings), "provenance": self.provenance.to_dict()}
+        save_table(path, self.items, self.kind, header)
+
+    @classmethod
+    def load(cls: type[S], path: str | os.PathLike[str]) -> S:
+        """Return the scores in a file written by `save`.
+
+        Raises:
+            StorageError: The file is absent, damaged, or of another kind.
+        """
+        items, header = load_table(path, cls.kind)
+        return cls(items, tuple(header["notes"]), header["settings"], Provenance.from_dict(header["provenance"]))
 
 
 def _read_lines(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
